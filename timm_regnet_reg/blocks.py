@@ -1,0 +1,197 @@
+"""Regulated residual blocks, and the stage that runs them as the time steps of one regulator cell.
+
+A regulated block is timm's own block with three layers more, so its plain part keeps timm's state dict.
+
+Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXiv 2101.00590).
+"""
+import copy
+from typing import Callable, List, Optional, Tuple, Type
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models import checkpoint
+from timm.models.resnet import BasicBlock, Bottleneck
+
+from .cells import RegulatorCell
+
+__all__ = ['Fusion', 'RegulatedBasicBlock', 'RegulatedBottleneck', 'RegulatedStage', 'ZeroPadShortcut', 'ZeroShortcut',
+           'regulate_block']
+
+BlockOutput = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
+
+
+class Fusion(nn.Conv2d):
+    """conv1x1([X, H]) without the concatenation: the sum of a 1x1 convolution of X and one of H."""
+
+    def __init__(self, X_channels: int, H_channels: int, device=None, dtype=None) -> None:
+        super().__init__(X_channels + H_channels, X_channels, 1, bias=False, device=device, dtype=dtype)
+        self.split = [X_channels, H_channels]
+
+    def forward(self, X: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+        """X (B, N_X, height, width) and H (B, N_H, height, width) to (B, N_X, height, width)."""
+        W_X, W_H = self.weight.split(self.split, dim=1)
+        return F.conv2d(X, W_X, self.bias).add_(F.conv2d(H, W_H))
+
+
+class ZeroPadShortcut(nn.Module):
+    """He et al.'s option A: every `stride`-th pixel, and zeros in the channels that are new."""
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels = new_channels
+        self.stride = stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.new_channels // 2
+        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, before, self.new_channels - before))
+
+
+class ZeroShortcut(nn.Module):
+    """No residual connection: what is added to the residual branch is zero."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(1)
+
+
+class RegulatedBasicBlock(BasicBlock):
+    """timm's BasicBlock, regulated."""
+
+    def forward(
+            self,
+            X1: torch.Tensor,
+            W: List[torch.Tensor],
+            H: Optional[torch.Tensor] = None,
+            C: Optional[torch.Tensor] = None,
+    ) -> BlockOutput:
+        """One time step of the stage's regulator.
+
+        Args:
+            X1: Input (B, C_in, height, width).
+            W: The kernels of the stage's cell, `RegulatorCell.kernels()`.
+            H: State left by the block before, (B, N, height, width) in this block's output size; None at the first.
+            C: ConvLSTM's memory left by the block before, H's shape.
+
+        Returns:
+            The block's output (B, C_out, height / stride, width / stride), H and C for the next block.
+        """
+        X2 = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(X1)))))
+        H, C = self.update(X2, H, C, W)
+        H = self.regulator_act(self.regulator_bn(H))
+        X3 = self.fusion_act(self.fusion_bn(self.fusion_conv(X2, H)))
+        X4 = self.bn2(self.conv2(X3))
+        if self.se is not None:
+            X4 = self.se(X4)
+        if self.drop_path is not None:
+            X4 = self.drop_path(X4)
+        shortcut = X1 if self.downsample is None else self.downsample(X1)
+        X4 += shortcut
+        return self.act2(X4), H, C
+
+
+class RegulatedBottleneck(Bottleneck):
+    """timm's Bottleneck, regulated. Where the 3x3 strides, the cell reads X2 average-pooled to X3's size."""
+
+    def forward(
+            self,
+            X1: torch.Tensor,
+            W: List[torch.Tensor],
+            H: Optional[torch.Tensor] = None,
+            C: Optional[torch.Tensor] = None,
+    ) -> BlockOutput:
+        """As RegulatedBasicBlock.forward."""
+        X2 = self.act1(self.bn1(self.conv1(X1)))
+        H, C = self.update(self.regulator_pool(X2), H, C, W)
+        H = self.regulator_act(self.regulator_bn(H))
+        X3 = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(X2)))))
+        X4 = self.fusion_act(self.fusion_bn(self.fusion_conv(X3, H)))
+        X5 = self.bn3(self.conv3(X4))
+        if self.se is not None:
+            X5 = self.se(X5)
+        if self.drop_path is not None:
+            X5 = self.drop_path(X5)
+        shortcut = X1 if self.downsample is None else self.downsample(X1)
+        X5 += shortcut
+        return self.act3(X5), H, C
+
+
+REGULATED_BLOCKS = {BasicBlock: RegulatedBasicBlock, Bottleneck: RegulatedBottleneck}
+
+
+def regulate_block(
+        block: nn.Module,
+        cell: Type[RegulatorCell],
+        norm_layer: Callable[..., nn.Module],
+) -> None:
+    """Turn a timm block into its regulated class, in place: it keeps its layers and gains new ones.
+
+    Args:
+        block: A BasicBlock or Bottleneck.
+        cell: Class of the stage's cell.
+        norm_layer: Makes a normalisation layer for a number of channels.
+    """
+    block.__class__ = REGULATED_BLOCKS[type(block)]
+    X_conv = block.conv1 if isinstance(block, BasicBlock) else block.conv2  # makes what the fusion reads beside H
+    dd = {'device': X_conv.weight.device, 'dtype': X_conv.weight.dtype}
+    block.update = cell.update
+    block.regulator_bn = norm_layer(block.conv1.out_channels, **dd)
+    block.regulator_act = copy.deepcopy(block.act1)
+    block.fusion_conv = Fusion(X_conv.out_channels, block.conv1.out_channels, **dd)
+    block.fusion_bn = norm_layer(X_conv.out_channels, **dd)
+    block.fusion_act = copy.deepcopy(block.act1)
+    if isinstance(block, Bottleneck):
+        # as the shortcut of a D variant pools: odd sizes match too
+        block.regulator_pool = nn.Identity() if block.stride == 1 else nn.AvgPool2d(
+            2, block.stride, ceil_mode=True, count_include_pad=False)
+    nn.init.kaiming_normal_(block.fusion_conv.weight, mode='fan_out', nonlinearity='relu')
+
+
+class RegulatedStage(nn.Module):
+    """The blocks of a stage as the time steps of one regulator cell, whose state starts at zero.
+
+    Not an nn.Sequential, so that nothing takes it apart and runs its blocks without the state; indexing, length and
+    iteration give its blocks all the same. The blocks are children '0', '1', … and the cell is child 'regulator'.
+    """
+
+    def __init__(
+            self,
+            blocks: nn.Sequential,
+            cell: Type[RegulatorCell],
+            norm_layer: Callable[..., nn.Module],
+    ) -> None:
+        """
+        Args:
+            blocks: A stage of timm's ResNet; its blocks are reused.
+            cell: Class of the cell.
+            norm_layer: Makes a normalisation layer for a number of channels.
+        """
+        super().__init__()
+        for name, block in blocks.named_children():
+            regulate_block(block, cell, norm_layer)
+            self.add_module(name, block)
+        weight = blocks[0].conv1.weight
+        self.regulator = cell(weight.shape[0], device=weight.device, dtype=weight.dtype)
+        self.grad_checkpointing = False
+
+    def __len__(self) -> int:
+        return len(self._modules) - 1
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return list(self)[index]
+
+    def __iter__(self):
+        return (m for name, m in self._modules.items() if name != 'regulator')
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C_in, height, width) to (B, C_out, height / stride, width / stride)."""
+        W = self.regulator.kernels()
+        H: Optional[torch.Tensor] = None
+        C: Optional[torch.Tensor] = None
+        for block in self.children():
+            if hasattr(block, 'fusion_conv'):  # in TorchScript the cell comes by too, and only hasattr is static
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    # not re-entrant: the kernels come in a list, and the state may be None
+                    x, H, C = checkpoint(block, x, W, H, C, use_reentrant=False)
+                else:
+                    x, H, C = block(x, W, H, C)
+        return x

@@ -1,0 +1,350 @@
+"""Regulated ResNets: timm's ResNet with regulated stages, in ImageNet and in CIFAR form, and `regulate`.
+
+Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXiv 2101.00590).
+"""
+import copy
+import math
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import LayerType, get_norm_layer
+from timm.models import ResNet, checkpoint_seq
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .blocks import REGULATED_BLOCKS, RegulatedStage, ZeroPadShortcut, ZeroShortcut
+from .cells import CELLS
+
+__all__ = ['CifarRegulatedResNet', 'RegulatedResNet', 'regulate']
+
+
+class RegulatedResNet(ResNet):
+    """timm's ResNet whose stages are regulated by a convolutional RNN, one cell a stage.
+
+    The state dict is timm's plus, in each regulated stage, the cell (`layer1.regulator.*`) and in each of its blocks
+    the normalised state (`regulator_bn`) and the fusion (`fusion_conv`, `fusion_bn`). No state outlives a forward.
+    """
+    shortcuts: Tuple[str, ...] = ('conv', 'none')
+
+    def __init__(
+            self,
+            block: Union[Type[BasicBlock], Type[Bottleneck]],
+            layers: Tuple[int, ...],
+            cell: str = 'convlstm',
+            regulated_stages: Optional[Sequence[int]] = None,
+            shortcut: str = 'conv',
+            norm_layer: LayerType = nn.BatchNorm2d,
+            zero_init_last: Optional[bool] = None,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            block: timm's BasicBlock or Bottleneck.
+            layers: Number of blocks of each stage.
+            cell: 'convrnn', 'convgru' or 'convlstm'.
+            regulated_stages: Stages with a regulator, counted from 1; None for all, () for the plain network.
+            shortcut: 'conv', a 1x1 convolution and BN where the shape changes; 'pad', there every second pixel and
+                zero channels (CIFAR form only); 'none', no residual connections.
+            norm_layer: Normalisation layer.
+            zero_init_last: Start every residual branch at zero; None does so where there are residual connections.
+            **kwargs: What else timm's ResNet takes.
+
+        Raises:
+            ValueError: Unknown cell, stage or shortcut, or a zero-initialised branch without residual connection.
+        """
+        if shortcut not in self.shortcuts:
+            raise ValueError(f'Unknown shortcut {shortcut!r}: {type(self).__name__} takes {", ".join(self.shortcuts)}.')
+        if shortcut == 'none' and zero_init_last:
+            raise ValueError("zero_init_last=True with shortcut='none' is a network whose blocks all give zero.")
+        if zero_init_last is None:
+            zero_init_last = shortcut != 'none'
+        _check_cell(cell)
+        regulated_stages = _check_stages(regulated_stages, len(layers))
+        super().__init__(block, layers, norm_layer=norm_layer, zero_init_last=zero_init_last, **kwargs)
+        self.num_stages = len(layers)
+        self._set_shortcut(shortcut)
+        self._regulate(cell, regulated_stages, get_norm_layer(norm_layer))
+
+    def _set_shortcut(self, shortcut: str) -> None:
+        if shortcut == 'conv':
+            return
+        for block in (block for stage in self._stages() for block in stage):
+            if shortcut == 'none':
+                block.downsample = ZeroShortcut()
+            elif block.downsample is not None:
+                new_channels = block.conv2.out_channels - block.conv1.in_channels
+                block.downsample = ZeroPadShortcut(new_channels, block.stride)
+
+    def _regulate(self, cell: str, stages: Sequence[int], norm_layer: Callable[..., nn.Module]) -> None:
+        for i in stages:
+            setattr(self, f'layer{i}', RegulatedStage(getattr(self, f'layer{i}'), CELLS[cell], norm_layer))
+
+    def _stages(self) -> List[nn.Module]:
+        return [getattr(self, f'layer{i + 1}') for i in range(self.num_stages)]
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """As timm's ResNet; a stage's cell belongs with the stage's first block, where it first acts."""
+        matcher = super().group_matcher(coarse=coarse)
+        if not coarse:
+            matcher['blocks'] = [(matcher['blocks'], None), (r'^layer(\d+)\.regulator', (0,))]
+        return matcher
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block in backward instead of keeping its activations."""
+        super().set_grad_checkpointing(enable)
+        for stage in self._stages():
+            if isinstance(stage, RegulatedStage):
+                stage.grad_checkpointing = enable
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """As timm's ResNet: the stem is feature 0, the stages follow.
+
+        Args:
+            x: Images (B, C, height, width).
+            indices: The last n features if an int, all if None, the given ones if a sequence.
+            norm: Has no effect: there is no final norm.
+            stop_early: Leave out the stages after the last feature asked for.
+            output_fmt: 'NCHW'.
+            intermediates_only: Give back the features alone.
+
+        Returns:
+            The last stage's output and the list of features, or the list alone.
+        """
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
+        take_indices, max_index = feature_take_indices(1 + self.num_stages, indices)
+        x = self.act1(self.bn1(self.conv1(x)))
+        intermediates = [x] if 0 in take_indices else []
+        x = self.maxpool(x)
+        stages = self._stages()
+        for i, stage in enumerate(stages[:max_index] if stop_early else stages, start=1):
+            x = self._checkpointed(stage, x) if self.grad_checkpointing else stage(x)
+            if i in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """As timm's ResNet: drop what the given features don't need.
+
+        Args:
+            indices: The last n features if an int, the given ones if a sequence.
+            prune_norm: Has no effect: there is no final norm.
+            prune_head: Drop pooling and classifier.
+
+        Returns:
+            The indices of the features that are kept.
+        """
+        take_indices, max_index = feature_take_indices(1 + self.num_stages, indices)
+        for i in range(max_index + 1, self.num_stages + 1):
+            setattr(self, f'layer{i}', nn.Sequential())
+        if max_index == 0:
+            self.maxpool = nn.Identity()
+        if max_index < self.num_stages:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+            prune_head = True
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    @staticmethod
+    @torch.jit.unused
+    def _checkpointed(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        # a regulated stage checkpoints its own blocks, as their state has to travel with them
+        return checkpoint_seq(stage, x) if isinstance(stage, nn.Sequential) else stage(x)
+
+    def forward_stages(self, x: torch.Tensor) -> torch.Tensor:
+        """The stem's output (B, C, height, width) through all stages."""
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, height, width) to the last stage's output (B, num_features, height / 32, width / 32)."""
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            for stage in self._stages():
+                x = self._checkpointed(stage, x)
+            return x
+        return self.forward_stages(x)
+
+
+class CifarRegulatedResNet(RegulatedResNet):
+    """The CIFAR form: a 3x3 stem without pooling and three stages of basic blocks, 16, 32 and 64 channels wide."""
+    shortcuts = ('conv', 'pad', 'none')
+
+    def __init__(
+            self,
+            block: Type[BasicBlock],
+            layers: Tuple[int, int, int],
+            in_chans: int = 3,
+            output_stride: int = 32,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            block: timm's BasicBlock.
+            layers: Number of blocks of each of the three stages.
+            in_chans: Channels of the image.
+            output_stride: At most this stride, by dilation: 2, or anything from 4, the network's own, up to 32.
+            **kwargs: As RegulatedResNet.
+
+        Raises:
+            ValueError: As RegulatedResNet, or an output stride that is none of the above.
+        """
+        if output_stride not in (2, 4, 8, 16, 32):
+            raise ValueError(f'Output stride {output_stride!r} was given: 2, 4, 8, 16 or 32 is accepted.')
+        super().__init__(
+            block,
+            layers,
+            in_chans=in_chans,
+            # a deep stem of width 8 leaves the 16 channels that the first stage needs; the stem itself is replaced
+            stem_type='deep',
+            stem_width=8,
+            channels=(16, 32, 64),
+            output_stride=min(4 * output_stride, 32),  # timm counts a stem of stride 4, and this one has stride 1
+            **kwargs,
+        )
+        weight = self.layer1[0].conv1.weight
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, device=weight.device, dtype=weight.dtype)
+        nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
+        self.maxpool = nn.Identity()
+        stem, *stages = self.feature_info
+        stem['reduction'] = 1
+        for info in stages:
+            info['reduction'] //= 4
+
+    def forward_stages(self, x: torch.Tensor) -> torch.Tensor:
+        """The stem's output (B, 16, height, width) through all stages."""
+        return self.layer3(self.layer2(self.layer1(x)))
+
+
+def _check_cell(cell: str) -> None:
+    if cell not in CELLS:
+        raise ValueError(f'Unknown cell {cell!r}: choose one of {", ".join(CELLS)}.')
+
+
+def _check_stages(stages: Optional[Sequence[int]], num_stages: int) -> Tuple[int, ...]:
+    """The stages to regulate, sorted; None is all of them."""
+    known = range(1, num_stages + 1)
+    if stages is None:
+        return tuple(known)
+    if not isinstance(stages, (tuple, list)) or not set(stages) <= set(known):
+        raise ValueError(
+            f'Unknown stages {stages!r}: give a tuple of stage numbers from 1 to {num_stages}, such as (1,); '
+            'None is all stages, () is none.'
+        )
+    return tuple(sorted(set(stages)))
+
+
+def _check_regulable(model: nn.Module) -> None:
+    """Raise what `regulate` raises for a network that it can't take."""
+    accepted = (
+        'regulate() accepts a timm.models.ResNet of BasicBlock or Bottleneck blocks with ReLU and batch norm '
+        '(timm.create_model of a resnet, resnext, seresnet, ecaresnet, resnetrs, wide_resnet, ...), '
+        'whole and not yet regulated.'
+    )
+    if type(model) not in (ResNet, RegulatedResNet, CifarRegulatedResNet):
+        raise TypeError(f'A {type(model).__name__} was given. {accepted}')
+    stages = [(name, stage) for name, stage in model.named_children() if name.startswith('layer')]
+    for name, stage in stages:
+        if isinstance(stage, RegulatedStage):
+            raise ValueError(f'{name} of the given network is regulated already. {accepted}')
+        if len(stage) == 0:
+            raise ValueError(f'{name} of the given network has been pruned. {accepted}')
+        for block in stage:
+            if type(block) not in REGULATED_BLOCKS:
+                raise TypeError(f'{name} of the given network has a block {type(block).__name__}. {accepted}')
+            if type(block.act1) is not nn.ReLU:
+                raise TypeError(f'{name} of the given network has activation {type(block.act1).__name__}. {accepted}')
+            for bn in (block.bn1, block.bn2):
+                if not isinstance(bn, _BatchNorm) or bn.running_mean is None or bn.weight is None:
+                    raise TypeError(
+                        f'{name} of the given network has normalisation {type(bn).__name__}, not an affine batch norm '
+                        f'with running statistics. {accepted}'
+                    )
+
+
+@torch.no_grad()
+def _start_at_identity(block: nn.Module) -> None:
+    """Let the fusion of a regulated block give back its X, whatever H is.
+
+    Its kernel is `[I, 0]` and its BN undoes itself. For evaluation any mean and variance would do; so that batch
+    statistics leave X as it is too, they are those of `X = ReLU(BN(·))`, which follow from that BN alone: its output
+    is taken as normal with mean β and deviation |γ|. In place of the zeros stands noise as small as a rounding error,
+    so that a gradient reaches the cell before the kernel has moved.
+    """
+    bn = block.bn1 if isinstance(block, BasicBlock) else block.bn2
+    beta, gamma = bn.bias.double(), bn.weight.double().abs().clamp(min=1e-12)
+    cdf = torch.special.ndtr(beta / gamma)
+    pdf = torch.exp(-(beta / gamma) ** 2 / 2) / math.sqrt(2 * math.pi)
+    mean = beta * cdf + gamma * pdf
+    var = ((beta ** 2 + gamma ** 2) * cdf + beta * gamma * pdf - mean ** 2).clamp(min=0)
+
+    fusion_bn = block.fusion_bn
+    fusion_bn.running_mean.copy_(mean)
+    fusion_bn.running_var.copy_(var)
+    fusion_bn.weight.copy_((fusion_bn.running_var.double() + fusion_bn.eps).sqrt())
+    fusion_bn.bias.copy_(fusion_bn.running_mean)
+    W_X, W_H = block.fusion_conv.weight.split(block.fusion_conv.split, dim=1)
+    nn.init.dirac_(W_X)
+    W_H.normal_(std=torch.finfo(W_H.dtype).eps)
+
+
+def regulate(model: ResNet, cell: str = 'convlstm', stages: Optional[Sequence[int]] = None) -> RegulatedResNet:
+    """Turn a ResNet into a regulated network with the same weights and the same outputs.
+
+    The regulators start where they change nothing in evaluation mode (up to rounding) and little in training mode,
+    and learn from the first step on. The given network is copied and stays as it is.
+
+    Args:
+        model: A timm.models.ResNet of BasicBlock or Bottleneck blocks with ReLU and batch norm, trained or not, with
+            or without a classifier.
+        cell: 'convrnn', 'convgru' or 'convlstm'.
+        stages: Stages to regulate, counted from 1; None for all.
+
+    Returns:
+        The regulated network, on the same device, of the same type and in the same mode.
+
+    Raises:
+        TypeError: The network is of another class, or has other blocks, activations or normalisation.
+        ValueError: The network is regulated or pruned already, or the cell or a stage is unknown.
+    """
+    _check_cell(cell)
+    _check_regulable(model)
+    model = copy.deepcopy(model)
+    if type(model) is ResNet:
+        model.__class__ = RegulatedResNet
+        model.num_stages = 4
+    stages = _check_stages(stages, model.num_stages)
+    bn = model.layer1[0].bn1
+
+    def norm_layer(channels: int, **kwargs) -> nn.Module:
+        return type(bn)(channels, eps=bn.eps, momentum=bn.momentum, **kwargs)
+
+    model._regulate(cell, stages, norm_layer)
+    for i in stages:
+        for block in getattr(model, f'layer{i}'):
+            _start_at_identity(block)
+    if hasattr(model, 'pretrained_cfg'):
+        # the plain architecture's name would be wrong for anyone who saves the network with its cfg
+        name = str(model.pretrained_cfg.get('architecture')).removeprefix('cifar_')
+        model.pretrained_cfg = dict(model.pretrained_cfg, architecture=f'regnet_reg_{name}_{cell}')
+        model.default_cfg = model.pretrained_cfg
+    model.train(model.training)
+    return model

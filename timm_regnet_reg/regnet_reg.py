@@ -1,0 +1,128 @@
+"""The models in timm's registry: one table of backbones, three cells, one loop.
+
+Named after the method, and not `regnet`, so that timm doesn't file them with the networks of *Designing Network
+Design Spaces*, which are called RegNet too.
+"""
+from typing import Any, Callable, Dict, Tuple
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck
+
+from .cells import CELLS
+from .networks import CifarRegulatedResNet, RegulatedResNet
+
+__all__ = []  # timm adds the entrypoints
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+def _resnet(block: type, *layers: int, se: bool = False, **kwargs: Any) -> Dict[str, Any]:
+    if se:
+        kwargs['block_args'] = dict(attn_layer='se')
+    return dict(block=block, layers=layers, **kwargs)
+
+
+_D = dict(stem_width=32, stem_type='deep', avg_down=True)
+
+# ImageNet form: the arguments of timm's ResNet
+BACKBONES: Dict[str, Dict[str, Any]] = {
+    'resnet18': _resnet(BasicBlock, 2, 2, 2, 2),
+    'resnet34': _resnet(BasicBlock, 3, 4, 6, 3),
+    'resnet50': _resnet(Bottleneck, 3, 4, 6, 3),
+    'resnet101': _resnet(Bottleneck, 3, 4, 23, 3),
+    'resnet152': _resnet(Bottleneck, 3, 8, 36, 3),
+    'resnet50d': _resnet(Bottleneck, 3, 4, 6, 3, **_D),
+    'resnet101d': _resnet(Bottleneck, 3, 4, 23, 3, **_D),
+    'wide_resnet50_2': _resnet(Bottleneck, 3, 4, 6, 3, base_width=128),
+    'seresnet18': _resnet(BasicBlock, 2, 2, 2, 2, se=True),
+    'seresnet34': _resnet(BasicBlock, 3, 4, 6, 3, se=True),
+    'seresnet50': _resnet(Bottleneck, 3, 4, 6, 3, se=True),
+    'seresnet101': _resnet(Bottleneck, 3, 4, 23, 3, se=True),
+    'seresnet152': _resnet(Bottleneck, 3, 8, 36, 3, se=True),
+    'resnext50_32x4d': _resnet(Bottleneck, 3, 4, 6, 3, cardinality=32, base_width=4),
+    'resnext50_8x14d': _resnet(Bottleneck, 3, 4, 6, 3, cardinality=8, base_width=14),
+    'resnext50_4x24d': _resnet(Bottleneck, 3, 4, 6, 3, cardinality=4, base_width=24),
+    'resnext50_2x40d': _resnet(Bottleneck, 3, 4, 6, 3, cardinality=2, base_width=40),
+    'resnext101_32x4d': _resnet(Bottleneck, 3, 4, 23, 3, cardinality=32, base_width=4),
+    'resnext101_64x4d': _resnet(Bottleneck, 3, 4, 23, 3, cardinality=64, base_width=4),
+    'seresnext50_32x4d': _resnet(Bottleneck, 3, 4, 6, 3, se=True, cardinality=32, base_width=4),
+    'seresnext101_32x4d': _resnet(Bottleneck, 3, 4, 23, 3, se=True, cardinality=32, base_width=4),
+}
+
+# CIFAR form: depth 6n + 2
+CIFAR_BACKBONES: Dict[str, Dict[str, Any]] = {
+    f'{kind}{6 * n + 2}': _resnet(BasicBlock, n, n, n, se=kind == 'seresnet')
+    for kind in ('resnet', 'seresnet') for n in (3, 5, 7, 9, 18)
+}
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
+        'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:2101.00590',
+        'paper_name': 'RegNet: Self-Regulated Network for Image Classification', **kwargs,
+    }
+
+
+def _cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
+    return _cfg(
+        num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR10_MEAN, std=CIFAR10_STD,
+        **kwargs,
+    )
+
+
+def _models() -> Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]]:
+    """name: (class, arguments, cfg, docstring) of every model."""
+    models = {}
+    for backbone, args in BACKBONES.items():
+        first_conv = 'conv1.0' if args.get('stem_type') else 'conv1'
+        for cell, cell_class in CELLS.items():
+            models[f'regnet_reg_{backbone}_{cell}'] = (
+                RegulatedResNet, dict(args, cell=cell), _cfg(first_conv=first_conv),
+                f'{backbone} regulated by a {cell_class.__name__} in every stage, ImageNet form.',
+            )
+    for backbone, args in CIFAR_BACKBONES.items():
+        models[f'cifar_{backbone}'] = (
+            CifarRegulatedResNet, dict(args, regulated_stages=()), _cifar_cfg(),
+            f'The plain {backbone} for 32x32 images that the regulated ones are compared with.',
+        )
+        for cell, cell_class in CELLS.items():
+            models[f'regnet_reg_{backbone}_{cell}'] = (
+                CifarRegulatedResNet, dict(args, cell=cell), _cifar_cfg(),
+                f'{backbone} for 32x32 images, regulated by a {cell_class.__name__} in every stage.',
+            )
+    return models
+
+
+def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: str) -> Callable[..., RegulatedResNet]:
+    def create(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+        features = tuple(range(1 + len(model_args['layers'])))
+        return build_model_with_cfg(
+            model_class,
+            name,
+            pretrained,
+            feature_cfg=dict(out_indices=features),
+            **dict(model_args, **kwargs),
+        )
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"""{doc}
+
+    Args:
+        pretrained: Load the weights of the model's default tag.
+        **kwargs: What timm's ResNet takes, and `regulated_stages` (stages with a regulator, counted from 1; default
+            all) and `shortcut` ('conv' or 'none', in CIFAR form also 'pad').
+
+    Returns:
+        The network, or its feature extractor with `features_only=True`.
+    """
+    return create
+
+
+default_cfgs = generate_default_cfgs({name: cfg for name, (_, _, cfg, _) in _models().items()})
+
+for _name, (_model_class, _model_args, _, _doc) in _models().items():
+    globals()[_name] = register_model(_entrypoint(_name, _model_class, _model_args, _doc))
