@@ -137,8 +137,11 @@ def add_shortcut(sd: StateDict, X1: Tensor, X: Tensor, stride: int, shortcut: st
         convolved = conv(X1, sd['downsample.0.weight'], stride)
         return batch_norm(within(sd, 'downsample.1'), convolved, training) + X
     if shortcut == 'pad':
-        X1 = X1[:, :, ::stride, ::stride]
-        X1 = torch.cat([X1, X1.new_zeros(X1.shape[0], X.shape[1] - X1.shape[1], *X1.shape[2:])], dim=1)
+        # the papers don't say on which side the zeros go; half on each is what CIFAR ResNets in PyTorch do
+        before = (X.shape[1] - X1.shape[1]) // 2
+        widened = torch.zeros_like(X)
+        widened[:, before:before + X1.shape[1]] = X1[:, :, ::stride, ::stride]
+        X1 = widened
     return X1 + X
 
 
