@@ -1,0 +1,58 @@
+"""Run one of timm's own scripts with these models registered.
+
+For scripts that know timm's models only, such as validate.py, benchmark.py, inference.py and onnx_export.py of a clone
+of timm's repository:
+
+    regnet-reg run validate.py --model regnet_reg_resnet20_convlstm --data-dir DIR
+    torchrun --nproc_per_node=2 -m timm_regnet_reg run train.py --config ...
+
+The script gets its arguments, --help among them, as it would from python, and its exit code and traceback are passed
+on. (train.py can do without: --device-modules timm_regnet_reg registers the models, as the recipes do.)
+
+The models are registered in the process of the script and in its forks. A script that starts new Python programs, as
+bulk_runner.py does (the others don't), has to start those with run, too:
+
+    regnet-reg run bulk_runner.py --model-list 'regnet_reg_*' -m on timm_regnet_reg run benchmark.py ...
+
+timm is the one that this package was imported with, also where the script lies beside a timm folder of its own.
+"""
+import argparse
+import os
+import runpy
+import sys
+import traceback
+
+from .errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('script', metavar='SCRIPT', help="path of the script, in a clone of timm's repository, say")
+    # For the help text: what follows the script never reaches argparse.
+    parser.add_argument('args', metavar='ARGS', nargs='*', help='arguments of the script')
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run `args.script` as ``__main__`` with the arguments `args.args`, as ``python SCRIPT ARGS`` does.
+
+    Whatever the script raises passes through, SystemExit included.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    if not os.path.isfile(args.script):
+        raise UserError(
+            f'no script {args.script!r}: give the path of a script, '
+            "such as validate.py in a clone of timm's repository (github.com/huggingface/pytorch-image-models)"
+        )
+
+    import timm_regnet_reg  # noqa: F401  (registers the models)
+
+    sys.argv = [args.script, *args.args]
+    if not getattr(sys.flags, 'safe_path', False):  # Python 3.11 and later: -P
+        sys.path[0] = os.path.dirname(os.path.realpath(args.script))
+    try:
+        runpy.run_path(args.script, run_name='__main__')
+    except (UserError, KeyboardInterrupt) as error:
+        # The command line reports these two in its own way. Here they are the script's, and shown as python shows them.
+        traceback.print_exc()
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
