@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .blocks import REGULATED_BLOCKS, RegulatedStage, ZeroPadShortcut, ZeroShortcut
 from .cells import CELLS
 
-__all__ = ['CifarRegulatedResNet', 'RegulatedResNet', 'regulate']
+__all__ = ['CifarRegulatedResNet', 'RegulatedResNet', 'regulate', 'start_at_identity']
 
 
 class RegulatedResNet(ResNet):
@@ -281,29 +281,29 @@ def _check_regulable(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _start_at_identity(block: nn.Module) -> None:
-    """Let the fusion of a regulated block give back its X, whatever H is.
+def start_at_identity(model: RegulatedResNet) -> None:
+    """Let the fusion of every regulated block give back its X, whatever H is.
 
     Its kernel is `[I, 0]` and its BN undoes itself. For evaluation any mean and variance would do; so that batch
     statistics leave X as it is too, they are those of `X = ReLU(BN(·))`, which follow from that BN alone: its output
     is taken as normal with mean β and deviation |γ|. In place of the zeros stands noise as small as a rounding error,
     so that a gradient reaches the cell before the kernel has moved.
     """
-    bn = block.bn1 if isinstance(block, BasicBlock) else block.bn2
-    beta, gamma = bn.bias.double(), bn.weight.double().abs().clamp(min=1e-12)
-    cdf = torch.special.ndtr(beta / gamma)
-    pdf = torch.exp(-(beta / gamma) ** 2 / 2) / math.sqrt(2 * math.pi)
-    mean = beta * cdf + gamma * pdf
-    var = ((beta ** 2 + gamma ** 2) * cdf + beta * gamma * pdf - mean ** 2).clamp(min=0)
-
-    fusion_bn = block.fusion_bn
-    fusion_bn.running_mean.copy_(mean)
-    fusion_bn.running_var.copy_(var)
-    fusion_bn.weight.copy_((fusion_bn.running_var.double() + fusion_bn.eps).sqrt())
-    fusion_bn.bias.copy_(fusion_bn.running_mean)
-    W_X, W_H = block.fusion_conv.weight.split(block.fusion_conv.split, dim=1)
-    nn.init.dirac_(W_X)
-    W_H.normal_(std=torch.finfo(W_H.dtype).eps)
+    for block in (block for stage in model.children() if isinstance(stage, RegulatedStage) for block in stage):
+        bn = block.bn1 if isinstance(block, BasicBlock) else block.bn2
+        beta, gamma = bn.bias.double(), bn.weight.double().abs().clamp(min=1e-12)
+        cdf = torch.special.ndtr(beta / gamma)
+        pdf = torch.exp(-(beta / gamma) ** 2 / 2) / math.sqrt(2 * math.pi)
+        mean = beta * cdf + gamma * pdf
+        var = ((beta ** 2 + gamma ** 2) * cdf + beta * gamma * pdf - mean ** 2).clamp(min=0)
+        fusion_bn = block.fusion_bn
+        fusion_bn.running_mean.copy_(mean)
+        fusion_bn.running_var.copy_(var)
+        fusion_bn.weight.copy_((fusion_bn.running_var.double() + fusion_bn.eps).sqrt())
+        fusion_bn.bias.copy_(fusion_bn.running_mean)
+        W_X, W_H = block.fusion_conv.weight.split(block.fusion_conv.split, dim=1)
+        nn.init.dirac_(W_X)
+        W_H.normal_(std=torch.finfo(W_H.dtype).eps)
 
 
 def regulate(model: ResNet, cell: str = 'convlstm', stages: Optional[Sequence[int]] = None) -> RegulatedResNet:
@@ -338,9 +338,7 @@ def regulate(model: ResNet, cell: str = 'convlstm', stages: Optional[Sequence[in
         return type(bn)(channels, eps=bn.eps, momentum=bn.momentum, **kwargs)
 
     model._regulate(cell, stages, norm_layer)
-    for i in stages:
-        for block in getattr(model, f'layer{i}'):
-            _start_at_identity(block)
+    start_at_identity(model)
     if hasattr(model, 'pretrained_cfg'):
         # the plain architecture's name would be wrong for anyone who saves the network with its cfg
         name = str(model.pretrained_cfg.get('architecture')).removeprefix('cifar_')

@@ -3,14 +3,17 @@
 Named after the method, and not `regnet`, so that timm doesn't file them with the networks of *Designing Network
 Design Spaces*, which are called RegNet too.
 """
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Callable, Dict, Tuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from .cells import CELLS
 from .networks import CifarRegulatedResNet, RegulatedResNet
+from .pretrained import filter_checkpoint, trained_cfgs, warm_start_cfgs, weights_of
 
 __all__ = []  # timm adds the entrypoints
 
@@ -99,14 +102,19 @@ def _models() -> Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]]:
 
 def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: str) -> Callable[..., RegulatedResNet]:
     def create(pretrained: bool = False, **kwargs) -> RegulatedResNet:
-        features = tuple(range(1 + len(model_args['layers'])))
-        return build_model_with_cfg(
-            model_class,
-            name,
-            pretrained,
-            feature_cfg=dict(out_indices=features),
-            **dict(model_args, **kwargs),
-        )
+        tag = kwargs.get('pretrained_cfg')
+        tags = [tag for tag in default_cfgs[name].cfgs if tag]
+        if tag and isinstance(tag, str) and tag not in tags:
+            raise RuntimeError(f'{name} has no pretrained tag {tag!r}; it has {", ".join(tags) or "none"}.')
+        with weights_of(name, tag, kwargs.get('pretrained_cfg_overlay')) if pretrained else nullcontext():
+            return build_model_with_cfg(
+                model_class,
+                name,
+                pretrained,
+                feature_cfg=dict(out_indices=tuple(range(1 + len(model_args['layers'])))),
+                pretrained_filter_fn=partial(filter_checkpoint, cache_dir=kwargs.get('cache_dir')),
+                **dict(model_args, **kwargs),
+            )
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"""{doc}
@@ -122,7 +130,18 @@ def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: s
     return create
 
 
-default_cfgs = generate_default_cfgs({name: cfg for name, (_, _, cfg, _) in _models().items()})
+def _default_cfgs() -> Dict[str, DefaultCfg]:
+    trained = trained_cfgs()
+    cfgs = {}
+    for name, (model_class, model_args, cfg, _) in _models().items():
+        cfgs.update({key: value for key, value in trained.items() if key.startswith(f'{name}.')})
+        if model_class is RegulatedResNet:
+            cfgs.update(warm_start_cfgs(name, name.removeprefix('regnet_reg_').removesuffix(f'_{model_args["cell"]}')))
+        cfgs.setdefault(name, cfg)
+    return generate_default_cfgs(cfgs)
+
+
+default_cfgs = _default_cfgs()
 
 for _name, (_model_class, _model_args, _, _doc) in _models().items():
     globals()[_name] = register_model(_entrypoint(_name, _model_class, _model_args, _doc))
