@@ -1,0 +1,291 @@
+"""`publish`, and loading what was published, with the real huggingface_hub client against a local Hub."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+from timm_regnet_reg import publish as publish_module
+from timm_regnet_reg.__main__ import main
+from timm_regnet_reg.errors import UserError
+from timm_regnet_reg.package import FILES, check_folder
+
+ROOT = Path(__file__).parents[1]
+OTHER = {'README.md': b'---\nlicense: mit\n---\n', 'model.safetensors': b'older weights', 'notes.txt': b'mine'}
+
+
+@pytest.fixture
+def publish(packaged, capsys):
+    """Runs the command. Returns exit code, stdout and stderr."""
+    def run(*flags, folder=packaged, repo_id='owner/tiny'):
+        code = main(['publish', str(folder), '--repo-id', repo_id, *flags])
+        return (code, *capsys.readouterr())
+    return run
+
+
+def sent(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def python(code, env, *args):
+    """Runs code in a fresh process, as a user would; returns what it prints, read as JSON."""
+    run = subprocess.run(
+        [sys.executable, '-c', code, *map(str, args)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+# Loads each named model, with the first argument as its input; prints each one's outputs or its error.
+LOAD = '''
+import json, sys, timm, timm_regnet_reg, safetensors.torch
+images = safetensors.torch.load_file(sys.argv[1])['images']
+answers = {}
+for name in sys.argv[2:]:
+    try:
+        answers[name] = timm.create_model(name, pretrained=True).eval()(images).tolist()
+    except Exception as error:
+        answers[name] = f'{type(error).__name__}: {error}'
+print(json.dumps(answers))
+'''
+
+
+def test_published_model_loads_from_the_hub_then_offline_from_the_cache(trained, packaged, hub, tmp_path):
+    """All of it by separate processes and through the environment alone, as on users' machines."""
+    env = hub.env(tmp_path / 'publisher', 'hf_owner')
+    run = subprocess.run(
+        [sys.executable, '-m', 'timm_regnet_reg', 'publish', str(packaged), '--repo-id', 'owner/tiny'],
+        env=env, cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert f'{hub.endpoint}/owner/tiny/commit/' in run.stdout
+    assert hub.files('owner/tiny').items() >= sent(packaged).items()
+
+    images = torch.randn(2, 3, 32, 32)
+    safetensors.torch.save_file({'images': images}, tmp_path / 'images')
+    expected = trained.model(images).tolist()
+    names = ['hf-hub:owner/tiny', 'hf-hub:owner/absent']
+    online = python(LOAD, hub.env(tmp_path / 'reader'), tmp_path / 'images', *names)
+    assert online[names[0]] == expected and 'RepositoryNotFoundError' in online[names[1]]
+    hub.requests.clear()
+    offline = python(LOAD, hub.env(tmp_path / 'reader', HF_HUB_OFFLINE='1'), tmp_path / 'images', *names)
+    assert offline[names[0]] == expected and 'LocalEntryNotFoundError' in offline[names[1]]
+    assert hub.requests == []
+
+
+def test_private_model_needs_a_token(trained, packaged, hub, monkeypatch):
+    hub.add_repo('owner/secret', sent(packaged), private=True)
+    for token in ('', 'hf_reader'):  # a stranger cannot tell a private repository from none
+        monkeypatch.setenv('HF_TOKEN', token)
+        with pytest.raises(RepositoryNotFoundError, match='make sure you are authenticated'):
+            timm.create_model('hf-hub:owner/secret', pretrained=True)
+    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
+    images = torch.randn(2, 3, 32, 32)
+    loaded = timm.create_model('hf-hub:owner/secret', pretrained=True).eval()
+    assert torch.equal(loaded(images), trained.model(images))
+
+
+def test_no_network_and_an_empty_cache_is_an_error(packaged, hub):
+    hub.add_repo('owner/tiny', sent(packaged))
+    hub.close()
+    with pytest.raises(LocalEntryNotFoundError, match='check your connection'):
+        timm.create_model('hf-hub:owner/tiny', pretrained=True)
+
+
+def test_publishing_without_network_says_so(hub, publish):
+    hub.close()
+    code, _, err = publish()
+    assert code == 1 and 'nothing was sent' in err and 'Check the connection' in err
+
+
+def test_all_files_arrive_in_one_commit_beside_what_was_there(packaged, hub, publish):
+    head = hub.add_repo('owner/tiny', OTHER)
+    code, out, _ = publish()
+    repo = hub.repos['owner/tiny']
+    assert code == 0 and repo.refs['main'] in out
+    assert list(repo.commits) == [head, repo.refs['main']]
+    assert hub.files('owner/tiny') == {**OTHER, **sent(packaged)}
+
+
+def test_new_repository_is_private_on_request(hub, publish):
+    assert publish('--private')[0] == 0
+    assert hub.repos['owner/tiny'].private
+    assert publish(repo_id='owner/public')[0] == 0
+    assert not hub.repos['owner/public'].private
+    before = hub.snapshot()
+    code, _, err = publish('--private', repo_id='owner/public')
+    assert code == 1 and 'exists and is public' in err and hub.snapshot() == before
+
+
+def test_publishing_again_sends_nothing_and_still_compares(hub, publish):
+    assert publish()[0] == 0
+    commits = list(hub.repos['owner/tiny'].commits)
+    hub.requests.clear()
+    assert publish()[0] == 0
+    assert list(hub.repos['owner/tiny'].commits) == commits
+    assert not any(request.startswith('PUT') for request in hub.requests)
+    assert sum('/resolve/' in request and request.startswith('GET') for request in hub.requests) >= len(FILES)
+
+
+def test_create_pr_leaves_main_alone(packaged, hub, publish):
+    hub.add_repo('someone/else', OTHER)
+    code, out, _ = publish('--create-pr', repo_id='someone/else')
+    assert code == 0 and f'{hub.endpoint}/someone/else/discussions/1' in out
+    assert hub.files('someone/else') == OTHER
+    assert hub.files('someone/else', 'refs/pr/1') == {**OTHER, **sent(packaged)}
+    code, _, err = publish('--create-pr', repo_id='owner/absent')
+    assert code == 1 and 'no such repository' in err and 'owner/absent' not in hub.repos
+
+
+def test_dry_run_shows_everything_and_touches_no_network(packaged, hub, publish):
+    code, out, _ = publish('--dry-run')
+    assert code == 0 and hub.requests == [] and hub.repos == {}
+    for name in FILES:
+        assert f'{(packaged / name).stat().st_size:,} bytes' in out and name in out
+    assert (packaged / 'README.md').read_text().strip() in out
+
+
+@pytest.mark.parametrize('repo_id, words', [
+    ('tiny', 'has no owner; expected OWNER/NAME'), ('a/b/c', "'a/b/c'"), ('owner/', 'owner/'), ('owner/a b', 'owner/a b'),
+])
+def test_repo_id_must_name_owner_and_repository(hub, publish, repo_id, words):
+    code, _, err = publish(repo_id=repo_id)
+    assert code == 1 and '--repo-id' in err and words in err and hub.requests == []
+
+
+def test_spoiled_folder_never_reaches_the_hub(packaged, hub, publish, tmp_path):
+    folder = shutil.copytree(packaged, tmp_path / 'folder')
+    (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+    code, _, err = publish(folder=folder)
+    assert code == 1 and 'pickles (pytorch_model.bin)' in err and hub.requests == []
+
+
+@pytest.mark.parametrize('token, repo_id, words', [
+    ('', 'owner/tiny', '401'), ('hf_wrong', 'owner/tiny', '401'), ('hf_reader', 'owner/tiny', '403'),
+    ('hf_owner', 'someone/tiny', '403'),
+])
+@pytest.mark.parametrize('exists', [False, True])
+def test_without_the_right_to_write_nothing_changes(hub, publish, monkeypatch, token, repo_id, words, exists):
+    monkeypatch.setenv('HF_TOKEN', token)
+    if exists:
+        hub.add_repo(repo_id, OTHER)
+    before = hub.snapshot()
+    code, _, err = publish(repo_id=repo_id)
+    assert code == 1 and words in err and hub.snapshot() == before, err
+    assert 'auth login' in err or 'as it was' in err
+
+
+FAULTS = [
+    ('500', 'info'), ('500', 'preupload'), ('500', 'batch'), ('500', 'upload'), ('500', 'commit'), ('500', 'read'),
+    ('drop', 'info'), ('drop', 'upload'), ('drop', 'commit'), ('drop', 'read'), ('corrupt', 'read'),
+]
+
+
+@pytest.mark.parametrize('target', ['new repository', 'existing repository', 'pull request'])
+@pytest.mark.parametrize('kind, step', FAULTS)
+def test_a_fault_leaves_the_hub_as_it_was_and_says_what_to_do(hub, publish, kind, step, target):
+    if target != 'new repository':
+        hub.add_repo('owner/tiny', OTHER)
+    before = hub.snapshot()
+    hub.fault(kind, step, skip=1 if (step, target) == ('read', 'existing repository') else 0)  # OTHER's README.md
+    code, _, err = publish(*['--create-pr'] * (target == 'pull request'))
+    assert code == 1 and hub.snapshot() == before, err
+    if step == 'info':
+        assert 'nothing was sent' in err and 'Check the connection' in err
+    else:
+        assert ' as it was' in err and 'run the same command again' in err
+        assert ('reading back failed' if step == 'read' else 'publishing failed') in err
+        assert kind != 'corrupt' or 'came back with SHA-256' in err
+    hub.faults.clear()
+    if target == 'existing repository':
+        assert publish()[0] == 0, 'the remedy works'
+
+
+@pytest.mark.parametrize('kind', ['500', 'drop', 'corrupt'])
+def test_nothing_is_sent_if_what_is_there_cannot_be_read(hub, publish, kind):
+    hub.add_repo('owner/tiny', OTHER)
+    hub.fault(kind, 'read')
+    code, _, err = publish()
+    assert code == 1 and 'nothing was sent' in err and hub.files('owner/tiny') == OTHER
+    assert not any(request.startswith('PUT') for request in hub.requests)
+
+
+def test_a_passing_fault_is_survived(packaged, hub, publish):
+    hub.fault('drop', 'upload', times=1)
+    hub.fault('500', 'preupload', times=2)
+    assert publish()[0] == 0
+    assert hub.files('owner/tiny').items() >= sent(packaged).items()
+
+
+def test_lost_answer_to_a_commit_is_told_and_running_again_settles_it(packaged, hub, publish):
+    head = hub.add_repo('owner/tiny', OTHER)
+    hub.fault('drop', 'answer', times=1)
+    code, _, err = publish()
+    now = hub.repos['owner/tiny'].refs['main']
+    assert code == 1 and f'from commit {head} to {now}' in err and 'answer to this commit was lost' in err
+    assert publish()[0] == 0
+    assert hub.repos['owner/tiny'].refs['main'] == now
+    assert hub.files('owner/tiny') == {**OTHER, **sent(packaged)}
+
+
+def test_when_even_undoing_fails_the_message_says_how_it_was(hub, publish):
+    hub.fault('500', 'commit')
+    hub.fault('500', 'delete')
+    code, _, err = publish()
+    assert code == 1 and 'could not be put back' in err and f'delete it at {hub.endpoint}/owner/tiny/settings' in err
+
+
+def test_commit_of_somebody_else_in_between_is_not_overwritten(hub, publish, monkeypatch):
+    hub.add_repo('owner/tiny', OTHER)
+    theirs = {}
+    original = HfApi.preupload_lfs_files
+
+    def meanwhile(self, *args, **kwargs):
+        theirs.update(hub.repos['owner/tiny'].commits[hub.repos['owner/tiny'].refs['main']])
+        hub.repos['owner/tiny'].commit('main', theirs)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, 'preupload_lfs_files', meanwhile)
+    code, _, err = publish()
+    assert code == 1 and 'somebody else published' in err
+    assert hub.files('owner/tiny') == OTHER
+
+
+def test_interrupted_publishing_leaves_no_traces(hub, publish, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publish_module, '_compare', interrupt)
+    code, _, err = publish()
+    assert code == 130 and hub.repos == {} and 'deleted again' in err
+
+
+def test_corrupted_download_is_found_by_checking_the_folder(packaged, hub, tmp_path):
+    """huggingface_hub itself compares sizes only, so a flipped bit passes its download."""
+    hub.add_repo('owner/tiny', sent(packaged))
+    assert check_folder(snapshot_download('owner/tiny', cache_dir=tmp_path / 'good', endpoint=hub.endpoint))
+    hub.fault('corrupt', 'read')
+    bad = snapshot_download('owner/tiny', cache_dir=tmp_path / 'bad', endpoint=hub.endpoint)
+    with pytest.raises(UserError, match='damaged|is not a config'):
+        check_folder(bad)
+
+
+def test_cut_short_download_is_an_error(packaged, hub, tmp_path):
+    hub.add_repo('owner/tiny', sent(packaged))
+    hub.fault('drop', 'read')
+    with pytest.raises(Exception, match='peer closed connection'):
+        timm.create_model('hf-hub:owner/tiny', pretrained=True)
+
+
+def test_timm_reads_the_published_folder_by_revision(trained, packaged, hub):
+    commit = hub.add_repo('owner/tiny', sent(packaged))
+    hub.repos['owner/tiny'].commit('main', {})
+    images = torch.randn(2, 3, 32, 32)
+    loaded = timm.create_model(f'hf-hub:owner/tiny@{commit}', pretrained=True).eval()
+    assert torch.equal(loaded(images), trained.model(images))
