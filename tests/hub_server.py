@@ -31,7 +31,8 @@ LFS_SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt')  # what the Hub's default
 GITATTRIBUTES = b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n'
 FAULTS = ('drop', '500', 'corrupt')
 STEPS = (
-    'info', 'create', 'delete', 'yaml', 'preupload', 'batch', 'upload', 'commit', 'answer', 'tree', 'read', 'discussion',
+    'info', 'create', 'delete', 'yaml', 'preupload', 'batch', 'upload', 'commit', 'answer', 'tree', 'read',
+    'discussion',
 )
 
 

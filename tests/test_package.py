@@ -75,7 +75,8 @@ def test_card_says_how_well_on_what_and_how_to_reproduce(trained, packaged, imag
     assert metrics == {'Top-1 accuracy': pytest.approx(top1, abs=1e-3), 'Top-5 accuracy': 100.}
     assert card.data.license == 'apache-2.0' and card.data.library_name == 'timm'
     for text in (
-        '12 images of noise', '| Images scored | 12 |', '| Recipe | recipe.yaml |', '| Epochs | 3 of 3 |', '| Seed | 7 |',
+        '12 images of noise', '| Images scored | 12 |', '| Recipe | recipe.yaml |', '| Epochs | 3 of 3 |',
+        '| Seed | 7 |',
         torch.__version__, timm.__version__, 'train.py --config args.yaml',
     ):
         assert text in card.text
@@ -191,7 +192,7 @@ def test_full_disk_leaves_the_old_folder_as_it_was(package, tmp_path):
         assert not existing or contents(tmp_path / f'out/{MODEL}.tiny') == before
 
 
-@pytest.mark.parametrize('step', ['fsync', 'first rename', 'second rename'])
+@pytest.mark.parametrize('step', ['first fsync', 'last fsync', 'first rename', 'second rename'])
 def test_failure_at_any_later_step_leaves_the_old_folder_as_it_was(package, tmp_path, monkeypatch, step):
     assert package()[0] == 0
     before = contents(tmp_path / f'out/{MODEL}.tiny')
@@ -205,10 +206,10 @@ def test_failure_at_any_later_step_leaves_the_old_folder_as_it_was(package, tmp_
             return original(*args)
         return call
 
-    name = 'fsync' if step == 'fsync' else 'rename'
-    monkeypatch.setattr(os, name, no_space(getattr(os, name), 2 if step == 'second rename' else 1))
+    which, name = step.split()
+    monkeypatch.setattr(os, name, no_space(getattr(os, name), {'first': 1, 'second': 2, 'last': len(FILES) + 2}[which]))
     code, err = package(data_name='other')
-    assert code == 1 and 'No space left on device' in err and 'unchanged' in err
+    assert code == 1 and 'No space left on device' in err and 'unchanged' in err, err
     assert os.listdir(tmp_path / 'out') == [f'{MODEL}.tiny']
     assert contents(tmp_path / f'out/{MODEL}.tiny') == before
 
@@ -281,7 +282,7 @@ SPOILED = {
     'bad_arguments': (lambda f: edit_config(f, model_args={'layers_of_cake': 3}), 'cannot be built'),
     'labels': (lambda f: edit_config(f, label_names=['ant']), 'names 1 labels for 3 classes'),
     'card_without_license': (
-        lambda f: (f / 'README.md').write_text((f / 'README.md').read_text().replace('license:', 'licence:')), 'license'),
+        lambda f: (f / 'README.md').write_text((f / 'README.md').read_text().replace('license:', 'lic:')), 'license'),
     'card_without_score': (lambda f: (f / 'README.md').write_text('---\nlicense: mit\n---\n'), 'Top-1'),
     'card_without_metadata': (lambda f: (f / 'README.md').write_text('# Hello\n'), 'license'),
     'card_unreadable': (lambda f: (f / 'README.md').write_text('---\na: [\n---\n'), 'README.md'),

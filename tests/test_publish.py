@@ -35,47 +35,44 @@ def sent(folder):
 
 
 def python(code, env, *args):
-    """Runs code in a fresh process, as a user would; returns what it prints, read as JSON."""
+    """Runs code in a fresh process, as a user would; returns what it prints last, read as JSON."""
     run = subprocess.run(
         [sys.executable, '-c', code, *map(str, args)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
-# Loads each named model, with the first argument as its input; prints each one's outputs or its error.
-LOAD = '''
+LOAD = """
 import json, sys, timm, timm_regnet_reg, safetensors.torch
 images = safetensors.torch.load_file(sys.argv[1])['images']
-answers = {}
-for name in sys.argv[2:]:
-    try:
-        answers[name] = timm.create_model(name, pretrained=True).eval()(images).tolist()
-    except Exception as error:
-        answers[name] = f'{type(error).__name__}: {error}'
-print(json.dumps(answers))
-'''
+model = timm.create_model('hf-hub:owner/tiny', pretrained=True).eval()
+try:
+    error = repr(timm.create_model('hf-hub:owner/absent', pretrained=True))
+except Exception as e:
+    error = repr(e)
+print(json.dumps([model(images).tolist(), error]))
+"""
+PUBLISH_AND_LOAD = """
+import sys
+from timm_regnet_reg.__main__ import main
+assert main(['publish', sys.argv[2], '--repo-id', 'owner/tiny']) == 0
+""" + LOAD
 
 
 def test_published_model_loads_from_the_hub_then_offline_from_the_cache(trained, packaged, hub, tmp_path):
-    """All of it by separate processes and through the environment alone, as on users' machines."""
-    env = hub.env(tmp_path / 'publisher', 'hf_owner')
-    run = subprocess.run(
-        [sys.executable, '-m', 'timm_regnet_reg', 'publish', str(packaged), '--repo-id', 'owner/tiny'],
-        env=env, cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    assert f'{hub.endpoint}/owner/tiny/commit/' in run.stdout
-    assert hub.files('owner/tiny').items() >= sent(packaged).items()
-
+    """In fresh processes that know of the Hub by their environment alone, as on a user's machine."""
     images = torch.randn(2, 3, 32, 32)
     safetensors.torch.save_file({'images': images}, tmp_path / 'images')
     expected = trained.model(images).tolist()
-    names = ['hf-hub:owner/tiny', 'hf-hub:owner/absent']
-    online = python(LOAD, hub.env(tmp_path / 'reader'), tmp_path / 'images', *names)
-    assert online[names[0]] == expected and 'RepositoryNotFoundError' in online[names[1]]
+
+    outputs, error = python(
+        PUBLISH_AND_LOAD, hub.env(tmp_path / 'home', token='hf_owner'), tmp_path / 'images', packaged)
+    assert hub.files('owner/tiny').items() >= sent(packaged).items()
+    assert outputs == expected and 'RepositoryNotFoundError' in error
+
     hub.requests.clear()
-    offline = python(LOAD, hub.env(tmp_path / 'reader', HF_HUB_OFFLINE='1'), tmp_path / 'images', *names)
-    assert offline[names[0]] == expected and 'LocalEntryNotFoundError' in offline[names[1]]
+    outputs, error = python(LOAD, hub.env(tmp_path / 'home', HF_HUB_OFFLINE='1'), tmp_path / 'images')
+    assert outputs == expected and 'LocalEntryNotFoundError' in error
     assert hub.requests == []
 
 
@@ -152,7 +149,7 @@ def test_dry_run_shows_everything_and_touches_no_network(packaged, hub, publish)
 
 
 @pytest.mark.parametrize('repo_id, words', [
-    ('tiny', 'has no owner; expected OWNER/NAME'), ('a/b/c', "'a/b/c'"), ('owner/', 'owner/'), ('owner/a b', 'owner/a b'),
+    ('tiny', 'has no owner; expected OWNER/NAME'), ('a/b/c', "'a/b/c'"), ('owner/', 'owner/'), ('owner/a b', 'a b'),
 ])
 def test_repo_id_must_name_owner_and_repository(hub, publish, repo_id, words):
     code, _, err = publish(repo_id=repo_id)
@@ -178,7 +175,7 @@ def test_without_the_right_to_write_nothing_changes(hub, publish, monkeypatch, t
     before = hub.snapshot()
     code, _, err = publish(repo_id=repo_id)
     assert code == 1 and words in err and hub.snapshot() == before, err
-    assert 'auth login' in err or 'as it was' in err
+    assert 'hf auth login' in err
 
 
 FAULTS = [
@@ -234,6 +231,14 @@ def test_lost_answer_to_a_commit_is_told_and_running_again_settles_it(packaged, 
     assert hub.files('owner/tiny') == {**OTHER, **sent(packaged)}
 
 
+def test_lost_answer_to_a_pull_request_is_told(hub, publish):
+    hub.add_repo('owner/tiny', OTHER)
+    hub.fault('drop', 'answer', times=1)
+    code, _, err = publish('--create-pr')
+    assert code == 1 and f'{hub.endpoint}/owner/tiny/discussions' in err and 'close it' in err
+    assert hub.files('owner/tiny') == OTHER
+
+
 def test_when_even_undoing_fails_the_message_says_how_it_was(hub, publish):
     hub.fault('500', 'commit')
     hub.fault('500', 'delete')
@@ -274,6 +279,13 @@ def test_corrupted_download_is_found_by_checking_the_folder(packaged, hub, tmp_p
     bad = snapshot_download('owner/tiny', cache_dir=tmp_path / 'bad', endpoint=hub.endpoint)
     with pytest.raises(UserError, match='damaged|is not a config'):
         check_folder(bad)
+
+
+def test_corrupted_weights_do_not_become_a_model(packaged, hub):
+    hub.add_repo('owner/tiny', sent(packaged))
+    hub.fault('corrupt', 'read', skip=1)  # config.json arrives well
+    with pytest.raises(RuntimeError, match='SHA-256'):
+        timm.create_model('hf-hub:owner/tiny', pretrained=True)
 
 
 def test_cut_short_download_is_an_error(packaged, hub, tmp_path):

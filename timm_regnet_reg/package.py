@@ -211,6 +211,8 @@ def model_card(name: str, result: Score, data: str, license: str, details: Dict[
         'Data': data,
         'Classes': len(result.label_names),
         **details,
+        'Packaged with': f'Python {platform.python_version()}, PyTorch {torch.__version__}, timm {timm.__version__}, '
+                         f'timm_regnet_reg {__version__}',
         'License of the weights': license,
     }
     table = '\n'.join(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items())
@@ -240,13 +242,6 @@ model = timm.create_model('local-dir:{name}', pretrained=True)  # on the Hub: 'h
 """
 
 
-def versions() -> str:
-    return (
-        f'Python {platform.python_version()}, PyTorch {torch.__version__}, timm {timm.__version__}, '
-        f'timm_regnet_reg {__version__}'
-    )
-
-
 def _recipe(path: str, train_args: Dict[str, Any]) -> Tuple[str, str]:
     """The recipe's name with what the run changed in it, and Markdown that says how to run it again."""
     try:
@@ -265,7 +260,8 @@ def _recipe(path: str, train_args: Dict[str, Any]) -> Tuple[str, str]:
         key: value for key, value in sorted(train_args.items())
         if key not in _PLACES and value is not None and value is not False and value not in ('', [], {})
     }
-    launch = 'python' if (processes := train_args.get('world_size', 1)) == 1 else f'torchrun --nproc_per_node={processes}'
+    processes = train_args.get('world_size', 1)
+    launch = 'python' if processes == 1 else f'torchrun --nproc_per_node={processes}'
     return name, (
         f'Save these options as `args.yaml`, then run timm\'s own script: `{launch} train.py --config args.yaml '
         f'--data-dir DIR`.\n\n```yaml\n{yaml.safe_dump(options, default_flow_style=None)}```'
@@ -298,7 +294,7 @@ def save_folder(
     if folder.exists():
         foreign = sorted({path.name for path in folder.iterdir()} - {*FILES}) if folder.is_dir() else ['it is a file']
         if foreign:
-            raise UserError(f'{folder}: not replaced, for it holds more than a model ({", ".join(foreign)}); move it away')
+            raise UserError(f'{folder}: not replaced, for it is more than a model ({", ".join(foreign)}); move it away')
     try:
         save_for_hf(
             model,
@@ -319,11 +315,13 @@ def save_folder(
             os.rename(folder, previous)
         try:
             os.rename(temporary, folder)
+            _sync(folder.parent)
         except BaseException:
+            if folder.exists():
+                os.rename(folder, temporary)
             if previous.exists():
                 os.rename(previous, folder)
             raise
-        _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         state = 'The folder that was there is unchanged' if folder.exists() else 'Nothing half written was left behind'
         raise UserError(
@@ -427,7 +425,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if not is_model(args.model):
-        raise UserError(f'--model {args.model}: is not registered in timm; see timm.list_models("*{args.model[-12:]}*")')
+        raise UserError(f'--model {args.model}: is not registered in timm; timm.list_models() names those that are')
     if not args.tag.replace('_', '').isalnum():
         raise UserError(f'--tag {args.tag}: expected letters, digits and "_" only, such as cifar10')
     state_dict, train_args, epochs = read_checkpoint(args.checkpoint, args.use_ema)
@@ -458,7 +456,6 @@ def main(args: argparse.Namespace) -> None:
         'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
         'Input': f"{' x '.join(map(str, data_config['input_size']))}, {data_config['interpolation']}, "
                  f"{data_config['crop_mode']} crop of {data_config['crop_pct']}",
-        'Packaged with': versions(),
     }
     name = f'{args.model}.{args.tag}'
     folder = save_folder(

@@ -20,6 +20,11 @@ from .package import FILES, Folder, check_folder, file_sha256
 
 __all__ = ['publish']
 
+_REMEDY = (
+    'Check the connection, and that `hf auth whoami` names an account that may write there (`hf auth login`, or '
+    'HF_TOKEN); then run the same command again.'
+)
+
 
 def publish(folder: Folder, repo_id: str, private: bool = False, create_pr: bool = False) -> CommitInfo:
     """Uploads a checked folder in one commit (or one pull request) and compares what the Hub then serves.
@@ -43,8 +48,7 @@ def publish(folder: Folder, repo_id: str, private: bool = False, create_pr: bool
     except Exception as error:
         raise UserError(
             f'{repo_id}: nothing was sent, for the Hub at {api.endpoint} refused or did not answer ({_short(error)}). '
-            'Check the connection, and that `hf auth whoami` names an account that may write there '
-            '(`hf auth login`, or HF_TOKEN).'
+            f'{_REMEDY}'
         ) from error
 
     commit = None
@@ -61,6 +65,8 @@ def publish(folder: Folder, repo_id: str, private: bool = False, create_pr: bool
     except BaseException as error:  # an interrupted upload leaves no traces either
         try:
             outcome = _undo(api, repo_id, head, created, restore, commit)
+            if create_pr and commit is None:
+                outcome += f' Should {url}/discussions show a pull request all the same, its answer was lost: close it.'
         except Exception as undo_error:
             outcome = (
                 f'The Hub could not be put back as it was ({_short(undo_error)}). Look at {url}/commits/main and '
@@ -72,7 +78,7 @@ def publish(folder: Folder, repo_id: str, private: bool = False, create_pr: bool
             raise
         raise UserError(
             f'{repo_id}: {"publishing" if commit is None else "reading back"} failed ({_short(error)}). {outcome} '
-            'Then run the same command again.'
+            f'{_REMEDY}'
         ) from error
     return commit
 
@@ -127,20 +133,20 @@ def _remember(api: HfApi, repo_id: str, head: str) -> list:
 
 def _undo(api: HfApi, repo_id: str, head: str, created: bool, restore: list, commit: Optional[CommitInfo]) -> str:
     """Puts the Hub back as it was before this run, and says so."""
-    if created:
-        api.delete_repo(repo_id)
-        return 'The repository that this run had created is deleted again: the Hub is as it was.'
     if commit is not None and commit.pr_num is not None:
         api.change_discussion_status(repo_id, commit.pr_num, 'closed')
         return f'Pull request {commit.pr_num} is closed again: the repository is as it was.'
     now = api.model_info(repo_id).sha
-    if now == head:
-        return f'The repository is as it was, at commit {head}.'
-    if commit is None or now != commit.oid:
+    if now != head and (commit is None or now != commit.oid):
         return (
             f'Meanwhile the repository moved from commit {head} to {now}: somebody else published, or the answer to '
             'this commit was lost. Running the command again tells: it sends only what differs, and compares.'
         )
+    if created:
+        api.delete_repo(repo_id)
+        return 'The repository that this run had created is deleted again: the Hub is as it was.'
+    if now == head:
+        return f'The repository is as it was, at commit {head}.'
     api.create_commit(repo_id, restore, commit_message=f'Undo {commit.oid}', parent_commit=commit.oid)
     return f'A second commit restored the files of commit {head}: the repository is as it was.'
 
@@ -166,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
     except HFValidationError as error:
         raise UserError(f'--repo-id {args.repo_id}: {error}') from error
     if args.repo_id.count('/') != 1:
-        raise UserError(f'--repo-id {args.repo_id}: has no owner; expected OWNER/NAME, such as your-name/{args.repo_id}')
+        raise UserError(f'--repo-id {args.repo_id}: has no owner; expected OWNER/NAME, such as you/{args.repo_id}')
     folder = check_folder(args.folder)
     if args.dry_run:
         for name in FILES:
