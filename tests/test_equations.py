@@ -209,19 +209,19 @@ def check_stage(stage, x, kind, depth, stride, dilation=1):
 @pytest.mark.parametrize('form', FORMS)
 def test_blocks_sharing_a_cell_are_their_equations(form, kind, stride, size, se):
     stage = make_stage(form, kind, stride, se)
-    check_stage(stage, random_image(3, 6, *size), kind, 3, stride)
+    check_stage(stage, random_image(6, 6, *size), kind, 3, stride)
 
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('form', FORMS)
 def test_first_block_alone_is_its_equations(form, kind):
-    check_stage(make_stage(form, kind, 2, depth=1), random_image(3, 6, 5, 6), kind, 1, 2)
+    check_stage(make_stage(form, kind, 2, depth=1), random_image(6, 6, 5, 6), kind, 1, 2)
 
 
 @pytest.mark.parametrize('form', FORMS)
 def test_dilated_blocks_pool_nothing(form):
     stage = make_stage(form, 'convlstm', 1, dilation=2)
-    check_stage(stage, random_image(3, 6, 7, 6), 'convlstm', 3, 1, dilation=2)
+    check_stage(stage, random_image(6, 6, 7, 6), 'convlstm', 3, 1, dilation=2)
 
 
 @pytest.mark.parametrize('kind', KINDS)
