@@ -1,0 +1,253 @@
+"""`classify`: the classes that the network really gives, of whatever can be an image, and an error for all the rest."""
+import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import CLASSES, MODEL
+from PIL import Image
+
+from timm_regnet_reg import classify as command
+from timm_regnet_reg.__main__ import main
+from timm_regnet_reg.classify import class_labels, load_model, predict, read_image
+from timm_regnet_reg.errors import UserError
+from timm_regnet_reg.pretrained import WEIGHTS_FOLDER
+
+
+@pytest.fixture
+def classify(packaged, capsys):
+    """Runs the command. Returns exit code, stdout and stderr."""
+    def run(*args, model=f'local-dir:{packaged}'):
+        code = main(['classify', *map(str, args), *(['--model', model] if model else [])])
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def photo(image_folder):
+    return image_folder / 'validation' / 'bee' / '0.png'
+
+
+@pytest.fixture
+def server(image_folder, tmp_path):
+    """The address of a web server of a folder with `photo.png` and `page.html`."""
+    (tmp_path / 'photo.png').write_bytes((image_folder / 'validation' / 'bee' / '0.png').read_bytes())
+    (tmp_path / 'page.html').write_text('<html>no image</html>')
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def send_head(self):
+            if self.headers['User-Agent'].startswith('Python-urllib'):  # as some sites do
+                return self.send_error(403)
+            return super().send_head()
+
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+def probabilities(model, path):
+    """Of a 32x32 image, which needs neither resizing nor cropping."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert('RGB'))).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    with torch.no_grad():
+        return model(((pixels - mean) / std)[None]).softmax(1)[0]
+
+
+def test_prints_the_networks_own_probabilities_with_label_names(classify, photo, packaged):
+    expected = probabilities(timm.create_model(f'local-dir:{packaged}', pretrained=True).eval(), photo)
+    code, out, _ = classify(photo, '--json')
+    predictions = json.loads(out)['images'][0]['predictions']
+    assert code == 0
+    assert [p['index'] for p in predictions] == expected.argsort(descending=True).tolist()
+    assert [p['label'] for p in predictions] == [CLASSES[p['index']] for p in predictions]
+    assert [p['probability'] for p in predictions] == pytest.approx(expected.sort(descending=True)[0].tolist(), abs=1e-6)
+
+    code, out, _ = classify(photo)
+    lines = [f'{100 * p["probability"]:7.2f} %  {p["label"]}' for p in predictions]
+    assert (code, out.splitlines()) == (0, [str(photo), *lines])
+
+
+def test_several_images_and_folders_in_the_order_given(classify, photo, tmp_path):
+    folder = tmp_path / 'folder'
+    (folder / 'below').mkdir(parents=True)
+    image = Image.open(photo)
+    for name in ('b.PNG', 'a.jpg', 'below/c.webp', '.hidden.png'):
+        image.save(folder / name)
+    (folder / 'notes.txt').write_text('no image')
+    code, out, _ = classify(folder, photo, '--json', '--topk', 1)
+    result = json.loads(out)
+    assert code == 0
+    assert result['model'].startswith('local-dir:')
+    expected = [folder / 'a.jpg', folder / 'b.PNG', folder / 'below' / 'c.webp', photo]
+    assert [image['image'] for image in result['images']] == list(map(str, expected))
+    assert {len(image['predictions']) for image in result['images']} == {1}
+    assert result['images'][1]['predictions'] == result['images'][3]['predictions']
+
+
+def test_more_images_than_a_batch_give_the_same(image_folder, packaged, monkeypatch):
+    model = load_model(f'local-dir:{packaged}')
+    images = [read_image(str(path)) for path in sorted(image_folder.rglob('*.png'))]
+    expected = [predict(model, [image])[0] for image in images]
+    monkeypatch.setattr(command, 'BATCH_SIZE', 5)
+    for found, one in zip(predict(model, images), expected, strict=True):
+        assert [p.label for p in found] == [p.label for p in one]
+        assert [p.probability for p in found] == pytest.approx([p.probability for p in one], abs=1e-5)
+
+
+def test_url(classify, photo, server):
+    code, out, _ = classify(f'{server}/photo.png', photo, '--json')
+    by_url, by_path = json.loads(out)['images']
+    assert (code, by_url['image']) == (0, f'{server}/photo.png')
+    assert by_url['predictions'] == by_path['predictions']
+
+
+@pytest.mark.parametrize('page, message', [
+    ('missing.png', 'could not be fetched (HTTP Error 404'),
+    ('page.html', 'is not an image'),
+])
+def test_url_without_an_image_is_named(page, message, classify, server):
+    code, out, err = classify(f'{server}/{page}')
+    assert (code, out) == (1, '')
+    assert f'regnet-reg: error: {server}/{page}: {message}' in err
+
+
+def test_url_without_a_server_is_named(classify):
+    code, out, err = classify('http://127.0.0.1:9/photo.png')
+    assert (code, out) == (1, '')
+    assert 'http://127.0.0.1:9/photo.png: could not be fetched' in err and 'check the address' in err
+
+
+def _text(path, photo):
+    path.write_text('this is no image')
+
+
+def _truncated(path, photo):
+    path.write_bytes(photo.read_bytes()[:-1500])
+
+
+def _flipped(path, photo):
+    data = bytearray(photo.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _empty(path, photo):
+    path.touch()
+
+
+def _empty_folder(path, photo):
+    path.mkdir()
+    (path / 'notes.txt').touch()
+
+
+@pytest.mark.parametrize('make, message', [
+    (_text, 'is not an image'),
+    (_truncated, 'cannot be read as an image'),
+    (_flipped, 'cannot be read as an image'),
+    (_empty, 'is not an image'),
+    (_empty_folder, 'holds no images'),
+    (lambda path, photo: None, 'no such file or folder'),
+])
+def test_bad_image_among_good_ones_is_named_before_any_output(make, message, classify, photo, tmp_path):
+    bad = tmp_path / 'bad.png'
+    make(bad, photo)
+    code, out, err = classify(photo, bad, photo)
+    assert (code, out) == (1, '')
+    assert f'regnet-reg: error: {bad}: {message}' in err
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'I;16'])
+def test_every_mode_of_image(mode, packaged):
+    image = Image.new(mode, (50, 40))
+    assert len(predict(load_model(f'local-dir:{packaged}'), [image], topk=2)[0]) == 2
+
+
+def test_network_of_one_channel_sees_the_image_in_grey(photo):
+    model = timm.create_model(MODEL, in_chans=1, pretrained_cfg_overlay=dict(input_size=(1, 32, 32), mean=(.5,), std=(.2,)))
+    image = read_image(str(photo))
+    model.eval()
+    assert predict(model, [image]) == predict(model, [image.convert('L')])
+
+
+def test_photo_is_turned_as_the_camera_was(packaged, photo, tmp_path):
+    upright = Image.open(photo)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    upright.rotate(90).save(tmp_path / 'turned.png', exif=exif)
+    model = load_model(f'local-dir:{packaged}')
+    assert predict(model, [read_image(str(tmp_path / 'turned.png'))]) == predict(model, [upright])
+
+
+def test_no_more_classes_than_there_are(classify, photo):
+    code, out, _ = classify(photo, '--topk', 50)
+    assert (code, len(out.splitlines())) == (0, 1 + len(CLASSES))
+
+
+def test_topk_below_one_is_refused(classify, photo, capsys):
+    with pytest.raises(SystemExit) as exit:
+        classify(photo, '--topk', 0)
+    assert exit.value.code == 2
+    assert '--topk: 0 was given, expected 1 or more' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('model, messages', [
+    ('regnet_reg_resnet20_convltsm', ['is not a model', 'Did you mean regnet_reg_resnet20_convlstm']),
+    ('timm/resnet18.a1_in1k', ['is not a model', 'hf-hub:OWNER/NAME']),
+    ('regnet_reg_resnext50_2x40d_convlstm', ['has no pretrained weights']),
+    ('regnet_reg_resnet18_convlstm.nonsense', ["'nonsense'", 'warm_a1_in1k']),
+    ('resnet18.nonsense', ['nonsense']),
+    ('local-dir:no/such/folder', ['no/such/folder']),
+    ('nowhere:resnet18', ['nowhere']),
+])
+def test_model_that_cannot_be_had_is_named(model, messages, classify, photo):
+    code, out, err = classify(photo, model=model)
+    assert (code, out) == (1, '')
+    for message in (f'error: --model {model}: ', *messages):
+        assert message in err
+
+
+def test_model_without_a_classifier_is_refused(packaged, photo, monkeypatch):
+    headless = timm.create_model(MODEL, num_classes=0)
+    monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: headless)
+    with pytest.raises(UserError, match='has no classifier'):
+        load_model(MODEL)
+
+
+@pytest.mark.parametrize('model, num_classes, cfg, index, label', [
+    ('resnet18', 1000, {}, 281, 'tabby, tabby cat'),
+    (MODEL, 3, {}, 1, None),
+    (MODEL, 3, {'label_names': ['a', 'b', 'c']}, 1, 'b'),
+    (MODEL, 3, {'label_names': {'2': 'c'}}, 2, 'c'),  # from JSON, some without a name
+    (MODEL, 3, {'label_names': {'2': 'c'}}, 1, None),
+    (MODEL, 3, {'label_names': ['a', 'b', 'c'], 'label_descriptions': {'b': 'a bee'}}, 1, 'a bee'),
+])
+def test_labels_come_from_the_config_or_imagenet(model, num_classes, cfg, index, label):
+    with torch.device('meta'):
+        model = timm.create_model(model, num_classes=num_classes)
+    model.pretrained_cfg.update(cfg)
+    assert class_labels(model).get(index) == label
+
+
+def test_class_without_a_label_is_given_by_its_index(photo):
+    model = timm.create_model(MODEL, num_classes=3).eval()
+    assert sorted(p.label for p in predict(model, [read_image(str(photo))])[0]) == ['0', '1', '2']
+
+
+def test_default_model_ships_with_the_package_and_names_cifar10s_classes(classify, photo):
+    if not list(WEIGHTS_FOLDER.glob(f'{MODEL}.*')):
+        reason = f'no trained weights {WEIGHTS_FOLDER}/{MODEL}.*'
+        print(reason)
+        pytest.skip(reason)
+    code, out, _ = classify(photo, '--topk', 10, '--json', model=None)
+    assert code == 0
+    assert {p['label'] for p in json.loads(out)['images'][0]['predictions']} == {
+        'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck',
+    }
