@@ -26,11 +26,11 @@ class Fusion(nn.Conv2d):
 
     def __init__(self, X_channels: int, H_channels: int, device=None, dtype=None) -> None:
         super().__init__(X_channels + H_channels, X_channels, 1, bias=False, device=device, dtype=dtype)
-        self.split = [X_channels, H_channels]
+        self.X_channels = X_channels
 
     def forward(self, X: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
         """X (B, N_X, height, width) and H (B, N_H, height, width) to (B, N_X, height, width)."""
-        W_X, W_H = self.weight.split(self.split, dim=1)
+        W_X, W_H = self.weight[:, :self.X_channels], self.weight[:, self.X_channels:]
         return F.conv2d(X, W_X, self.bias).add_(F.conv2d(H, W_H))
 
 
