@@ -64,7 +64,9 @@ def _load_samples() -> Tuple[Image.Image, Digits, Digits]:
     try:
         from sklearn.datasets import load_digits, load_sample_image
     except ImportError as error:
-        raise UserError(f'quickstart takes its images from scikit-learn, which is not installed: {INSTALL}') from error
+        raise UserError(
+            f'quickstart takes its images from scikit-learn, which cannot be imported ({error}); {INSTALL}'
+        ) from error
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED)).numpy()
