@@ -68,7 +68,8 @@ def test_prints_the_networks_own_probabilities_with_label_names(classify, photo,
     assert code == 0
     assert [p['index'] for p in predictions] == expected.argsort(descending=True).tolist()
     assert [p['label'] for p in predictions] == [CLASSES[p['index']] for p in predictions]
-    assert [p['probability'] for p in predictions] == pytest.approx(expected.sort(descending=True)[0].tolist(), abs=1e-6)
+    expected = expected.sort(descending=True)[0].tolist()
+    assert [p['probability'] for p in predictions] == pytest.approx(expected, abs=1e-6)
 
     code, out, _ = classify(photo)
     lines = [f'{100 * p["probability"]:7.2f} %  {p["label"]}' for p in predictions]
@@ -171,9 +172,9 @@ def test_every_mode_of_image(mode, packaged):
 
 
 def test_network_of_one_channel_sees_the_image_in_grey(photo):
-    model = timm.create_model(MODEL, in_chans=1, pretrained_cfg_overlay=dict(input_size=(1, 32, 32), mean=(.5,), std=(.2,)))
+    overlay = dict(input_size=(1, 32, 32), mean=(.5,), std=(.2,))
+    model = timm.create_model(MODEL, in_chans=1, pretrained_cfg_overlay=overlay).eval()
     image = read_image(str(photo))
-    model.eval()
     assert predict(model, [image]) == predict(model, [image.convert('L')])
 
 

@@ -106,7 +106,7 @@ def find_images(names: Iterable[str]) -> List[str]:
                 if file.suffix.lower() in extensions and not file.name.startswith('.') and file.is_file()
             )
             if not images:
-                raise UserError(f'{name}: holds no images; expected files such as .jpg, .png or .webp in it or below it')
+                raise UserError(f'{name}: holds no images; expected .jpg, .png, .webp or the like in it or below it')
             found += images
         else:
             raise UserError(f'{name}: no such file or folder; give images, folders of images, or http(s) URLs')
@@ -133,7 +133,7 @@ def read_image(source: str) -> Image.Image:
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
-        raise UserError(f'{source}: is not an image, or of a kind that Pillow cannot open; give a JPEG or PNG') from error
+        raise UserError(f'{source}: is not an image that Pillow can open; give a JPEG or PNG, say') from error
     except Exception as error:  # decoders raise whatever they stumble over in a damaged file
         raise UserError(f'{source}: cannot be read as an image ({error}); it may be damaged, get it again') from error
 
