@@ -8,7 +8,7 @@ nothing yet: the outputs are the backbone's.
 import hashlib
 import json
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models._hub import load_model_config_from_path
 
 from .networks import RegulatedResNet, start_at_identity
 
@@ -29,12 +30,12 @@ if not WEIGHTS_FOLDER.is_dir():
 
 def trained_cfgs() -> Dict[str, PretrainedCfg]:
     """`{model}.{tag}`: cfg, for every folder of trained weights."""
-    known = {field.name for field in fields(PretrainedCfg)}
     cfgs = {}
     for config_file in sorted(WEIGHTS_FOLDER.glob('*/config.json')):
-        cfg = json.loads(config_file.read_text(encoding='utf-8'))['pretrained_cfg']
-        cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items() if key in known}
-        cfgs[config_file.parent.name] = PretrainedCfg(**{**cfg, 'file': str(config_file.with_name('model.safetensors'))})
+        cfg, _, _ = load_model_config_from_path(config_file.parent)
+        # as a plain file, so that `pretrained_cfg_overlay=dict(file=...)` does what it does for timm's own models
+        cfg.update(file=str(config_file.with_name('model.safetensors')), source=None)
+        cfgs[config_file.parent.name] = PretrainedCfg(**cfg)
     return cfgs
 
 
