@@ -333,6 +333,7 @@ def regulate(model: ResNet, cell: str = 'convlstm', stages: Optional[Sequence[in
         model.__class__ = RegulatedResNet
         model.num_stages = 4
     stages = _check_stages(stages, model.num_stages)
+    given = set(model.modules())
     bn = model.layer1[0].bn1
 
     def norm_layer(channels: int, **kwargs) -> nn.Module:
@@ -340,10 +341,11 @@ def regulate(model: ResNet, cell: str = 'convlstm', stages: Optional[Sequence[in
 
     model._regulate(cell, stages, norm_layer)
     start_at_identity(model)
+    for module in set(model.modules()) - given:
+        module.training = model.training  # and not model.train(), which would wake batch norms that were put to eval
     if hasattr(model, 'pretrained_cfg'):
         # the plain architecture's name would be wrong for anyone who saves the network with its cfg
         name = str(model.pretrained_cfg.get('architecture')).removeprefix('cifar_')
         model.pretrained_cfg = dict(model.pretrained_cfg, architecture=f'regnet_reg_{name}_{cell}')
         model.default_cfg = model.pretrained_cfg
-    model.train(model.training)
     return model

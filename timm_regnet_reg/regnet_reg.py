@@ -106,12 +106,14 @@ def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: s
         tags = [tag for tag in default_cfgs[name].cfgs if tag]
         if tag and isinstance(tag, str) and tag not in tags:
             raise RuntimeError(f'{name} has no pretrained tag {tag!r}; it has {", ".join(tags) or "none"}.')
+        # not all of timm's default out_indices, as the CIFAR form has one stage less
+        feature_cfg = {'out_indices': tuple(range(1 + len(model_args['layers']))), **kwargs.pop('feature_cfg', {})}
         with weights_of(name, tag, kwargs.get('pretrained_cfg_overlay')) if pretrained else nullcontext():
             return build_model_with_cfg(
                 model_class,
                 name,
                 pretrained,
-                feature_cfg=dict(out_indices=tuple(range(1 + len(model_args['layers'])))),
+                feature_cfg=feature_cfg,
                 pretrained_filter_fn=partial(filter_checkpoint, cache_dir=kwargs.get('cache_dir')),
                 **dict(model_args, **kwargs),
             )
