@@ -1,0 +1,324 @@
+"""`regulate`: a ResNet of timm's becomes a regulated one with the same weights and outputs."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from test_equations import randomize
+from timm.models import ResNet
+
+from timm_regnet_reg import regulate
+from timm_regnet_reg.blocks import RegulatedStage
+from timm_regnet_reg.networks import RegulatedResNet
+
+CELLS = ('convrnn', 'convgru', 'convlstm')
+TINY = dict(layers=(2, 1, 1, 2), channels=(16, 32, 48, 64))
+BACKBONES = {
+    'resnet18': ('resnet18', {}),
+    'resnet50': ('resnet50', {}),
+    'one block a stage, of both kinds': ('test_resnet', {}),
+    'basic': ('resnet34', TINY),
+    'c': ('resnet50c', TINY),
+    'd': ('resnet50d', TINY),
+    's': ('resnet50s', TINY),
+    't': ('resnet50t', TINY),
+    'basic d': ('resnet18d', TINY),
+    'se': ('seresnet50', TINY),
+    'basic se': ('seresnet34', TINY),
+    'eca': ('ecaresnet50t', TINY),
+    'anti-aliased by pooling': ('resnetaa50', TINY),
+    'anti-aliased by blurring': ('resnetblur50', TINY),
+    'basic, anti-aliased': ('resnetblur18', TINY),
+    'rs': ('resnetrs50', TINY),
+    'resnext': ('resnext50_32x4d', TINY),
+    'resnext, anti-aliased, se': ('seresnextaa101d_32x8d', TINY),
+    'wide': ('wide_resnet50_2', TINY),
+    'senet': ('senet154', dict(layers=(2, 1, 1, 2), channels=(32, 64, 96, 128), cardinality=8)),
+    'reduced': ('resnet50', dict(TINY, block_reduce_first=2)),
+    'basic, reduced': ('resnet18', dict(TINY, block_reduce_first=2)),
+    'dilated to 8': ('resnet50', dict(TINY, output_stride=8)),
+    'dilated to 16': ('resnet50d', dict(TINY, output_stride=16)),
+    'dropping': ('resnet50', dict(TINY, drop_path_rate=0.2, drop_block_rate=0.1, drop_rate=0.1)),
+    'no classes': ('resnet50', dict(TINY, num_classes=0)),
+    'no head': ('resnet50', dict(TINY, num_classes=0, global_pool='')),
+    'one channel': ('resnet50d', dict(TINY, in_chans=1)),
+    'cifar': ('cifar_resnet20', {}),
+    'cifar se': ('cifar_seresnet20', {}),
+    'cifar pad': ('cifar_resnet20', dict(shortcut='pad')),
+    'cifar, no shortcut': ('cifar_resnet20', dict(shortcut='none')),
+    'ours, unregulated': ('regnet_reg_resnet50_convgru', dict(TINY, regulated_stages=())),
+}
+
+
+def backbone(kind, **kwargs):
+    """With random weights and statistics that leave no layer at its neutral start."""
+    name, model_kwargs = BACKBONES[kind]
+    model = timm.create_model(name, **dict(model_kwargs, **kwargs))
+    model.load_state_dict(randomize(copy.deepcopy(model)).state_dict())  # not the fixed kernel of a blur
+    return model.eval()
+
+
+def images(model, batch=2):
+    size = 64 if hasattr(model, 'layer4') else 32
+    return torch.randn(batch, model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def difference(actual, expected):
+    """Largest difference, relative to the largest expected value."""
+    assert actual.shape == expected.shape
+    assert expected.isfinite().all() and expected.abs().max() > 1e-3, 'the comparison is empty'
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize('kind, cell', [
+    (kind, cell) for i, kind in enumerate(BACKBONES) for j, cell in enumerate(CELLS)
+    if i % 3 == j or kind in ('one block a stage, of both kinds', 'basic', 'd', 'cifar')
+])
+def test_outputs_are_unchanged_and_so_is_the_given_network(kind, cell):
+    model = backbone(kind)
+    before = copy.deepcopy(model)
+    x = images(model)
+    regulated = regulate(model, cell)
+    assert isinstance(regulated, RegulatedResNet)
+    assert all(isinstance(stage, RegulatedStage) for stage in regulated._stages())
+    with torch.no_grad():
+        assert difference(regulated(x), model(x)) < 1e-4
+    weights = regulated.state_dict()
+    assert all(torch.equal(weights[key], t) for key, t in model.state_dict().items())
+    for p in regulated.parameters():
+        p.data.add_(1)  # nothing is shared
+    assert type(model) is type(before)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
+    assert all(torch.equal(t, u) for t, u in zip(model.state_dict().values(), before.state_dict().values()))
+
+    model, x = model.double(), x.double()
+    with torch.no_grad():
+        assert difference(regulate(model, cell)(x), model(x)) < 1e-10
+
+
+def test_a_fresh_network_takes_part_too():
+    # its residual branches give zero, and its batch norms are neutral
+    model = timm.create_model('resnet18').eval()
+    x = images(model)
+    with torch.no_grad():
+        assert difference(regulate(model)(x), model(x)) < 1e-4
+
+
+@pytest.mark.parametrize('cell', CELLS)
+@pytest.mark.parametrize('kind', [
+    'one block a stage, of both kinds', 'basic', 'd', 'senet', 'anti-aliased by blurring', 'cifar', 'dilated to 8'])
+def test_gradients_reach_every_regulator_from_the_first_step(kind, cell):
+    regulated = regulate(backbone(kind), cell).train()
+    regulated(images(regulated, 8)).square().mean().backward()
+    depths = {f'layer{i}': len(stage) for i, stage in enumerate(regulated._stages(), start=1)}
+    for name, p in regulated.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        if 'regulator' not in name and 'fusion' not in name:
+            continue
+        gradient = p.grad
+        if '.regulator.' in name:
+            # a gate that only ever weighs a zero state has no gradient in a stage of a single block
+            gates = gradient.chunk({'convrnn': 1, 'convgru': 3, 'convlstm': 4}[cell])
+            idle = {'convrnn': (), 'convgru': (1,), 'convlstm': (1,)}[cell] if depths[name.split('.')[0]] == 1 else ()
+            gradient = torch.stack([g for i, g in enumerate(gates) if i not in idle])
+            assert all(g.any() for g in gradient), name
+        assert gradient.any(), name
+
+
+def test_regulators_learn():
+    model = regulate(backbone('cifar')).train()
+    start = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = images(model, 16), torch.arange(16) % 10
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    moved = {name: (t - start[name]).abs().max().item() for name, t in model.named_parameters()}
+    for name, by in moved.items():
+        if '.regulator.' in name or '.fusion_conv' in name:
+            assert by > 1e-7, name
+    W = model.layer1[0].fusion_conv.weight
+    assert W[:, 16:].abs().max() > 1e-4, 'the state has no influence yet'
+
+
+def learnable(model, steps, batch=128):
+    """Train a network for classes of noisy blots; gives back a function that makes batches."""
+    generator = torch.Generator().manual_seed(0)
+    blots = F.interpolate(torch.randn(10, 3, 4, 4, generator=generator), 32, mode='bicubic')
+
+    def make():
+        y = torch.randint(10, (batch,), generator=generator)
+        return blots[y] + 0.7 * torch.randn(batch, 3, 32, 32, generator=generator), y
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x, y = make()
+        F.cross_entropy(model(x[:32]), y[:32]).backward()
+        optimizer.step()
+    return make
+
+
+def test_training_goes_on_where_the_backbone_left_off():
+    torch.manual_seed(0)
+    model = timm.create_model('cifar_resnet20')
+    make = learnable(model, 25)
+    with torch.no_grad():
+        x, y = make()
+        untrained = F.cross_entropy(timm.create_model('cifar_resnet20').train()(x), y)
+        plain = F.cross_entropy(copy.deepcopy(model)(x), y).item()
+        assert plain < 0.8 * untrained, 'the network has learned nothing'
+        for cell in CELLS:
+            regulated = F.cross_entropy(regulate(model, cell)(x), y).item()
+            assert regulated == pytest.approx(plain, rel=0.15), cell
+
+
+def test_fusion_starts_with_the_statistics_of_what_it_normalizes():
+    model = backbone('d')
+    regulated = regulate(model)
+    noise = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for name, bn in [('layer1.0', model.layer1[0].bn2), ('layer4.1', model.layer4[1].bn2)]:
+        X = torch.relu(noise * bn.weight.double() + bn.bias.double())  # if what the batch norm gives is normal
+        fusion_bn = regulated.get_submodule(name).fusion_bn
+        torch.testing.assert_close(fusion_bn.running_mean.double(), X.mean(0), rtol=0.02, atol=0.01)
+        torch.testing.assert_close(fusion_bn.running_var.double(), X.var(0), rtol=0.02, atol=0.01)
+        assert fusion_bn.running_mean.std() > 0.05, 'the comparison is empty'
+
+
+# What is kept
+
+def test_mode_and_frozen_parameters_are_kept():
+    model = backbone('d').train()
+    model.layer1.eval()
+    model.conv1.requires_grad_(False)
+    model.layer2[0].conv1.weight.requires_grad_(False)
+    regulated = regulate(model)
+    flags = dict(model.named_modules())
+    for name, module in regulated.named_modules():
+        if name == 'layer1' or name not in flags:
+            assert module.training, name
+        else:
+            assert module.training == flags[name].training, name
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, p in regulated.named_parameters():
+        assert p.requires_grad == trainable.get(name, True), name
+    assert not any(m.training for m in regulate(model.eval()).modules())
+
+
+@pytest.mark.parametrize('kind', ['cifar', 'se'])
+def test_type_and_device_are_kept(kind):
+    for dtype in (torch.float64, torch.bfloat16):
+        regulated = regulate(backbone(kind).to(dtype))
+        assert {t.dtype for t in regulated.state_dict().values() if t.is_floating_point()} == {dtype}
+        assert regulated(images(regulated).to(dtype)).dtype == dtype
+    regulated = regulate(timm.create_model(BACKBONES[kind][0], device='meta'))
+    assert {t.device.type for t in regulated.state_dict().values()} == {'meta'}
+
+
+def test_settings_of_batch_norm_are_kept():
+    model = backbone('basic')
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eps, m.momentum = 1e-3, 0.01
+    norms = [m for m in regulate(model).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
+    with torch.no_grad():
+        assert difference(regulate(model)(images(model)), model(images(model))) < 1e-4
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert isinstance(regulate(synced).layer1[0].fusion_bn, nn.SyncBatchNorm)
+
+
+@pytest.mark.parametrize('kind, stages, found', [
+    ('d', (1,), [1]),
+    ('d', [4, 2], [2, 4]),
+    ('d', (), []),
+    ('d', None, [1, 2, 3, 4]),
+    ('cifar', (3,), [3]),
+    ('cifar', None, [1, 2, 3]),
+])
+def test_only_the_stages_asked_for(kind, stages, found):
+    model = backbone(kind)
+    regulated = regulate(model, stages=stages)
+    assert [i for i, stage in enumerate(regulated._stages(), start=1) if isinstance(stage, RegulatedStage)] == found
+    x = images(model)
+    with torch.no_grad():
+        assert difference(regulated(x), model(x)) < 1e-4
+        if not found:
+            assert list(regulated.state_dict()) == list(model.state_dict())
+            assert torch.equal(regulated(x), model(x))
+
+
+def test_the_result_is_the_registered_network():
+    for kind, name in (('resnet18', 'regnet_reg_resnet18_convgru'), ('cifar', 'regnet_reg_resnet20_convgru')):
+        regulated = regulate(backbone(kind), 'convgru')
+        registered = timm.create_model(name).eval()
+        registered.load_state_dict(regulated.state_dict(), strict=True)
+        x = images(regulated)
+        with torch.no_grad():
+            assert torch.equal(registered(x), regulated(x))
+            assert all(torch.equal(a, b) for a, b in zip(
+                registered.forward_intermediates(x, intermediates_only=True),
+                regulated.forward_intermediates(x, intermediates_only=True),
+            ))
+            assert difference(torch.jit.script(regulated)(x), regulated(x)) < 1e-5
+        assert regulated.default_cfg['architecture'] == name
+        regulated.set_grad_checkpointing()
+        regulated.reset_classifier(5)
+        assert regulated(x).shape == (2, 5)
+
+
+# What is refused
+
+def pruned():
+    model = timm.create_model('resnet18')
+    model.prune_intermediate_layers([2])
+    return model
+
+
+class Grandchild(ResNet):
+    pass
+
+
+@pytest.mark.parametrize('make, error, what', [
+    (lambda: timm.create_model('test_vit'), TypeError, 'VisionTransformer'),
+    (lambda: timm.create_model('resnet18', features_only=True), TypeError, 'FeatureListNet'),
+    (lambda: timm.create_model('resnet18', features_only=True, feature_cls='getter'), TypeError, 'FeatureGetterNet'),
+    (lambda: timm.create_model('regnetx_002'), TypeError, 'RegNet'),
+    (lambda: timm.create_model('skresnet18'), TypeError, 'SelectiveKernelBasic'),
+    (lambda: Grandchild(timm.models.resnet.BasicBlock, (1, 1, 1, 1)), TypeError, 'Grandchild'),
+    (lambda: nn.DataParallel(timm.create_model('resnet18')), TypeError, 'DataParallel'),
+    (lambda: torch.jit.script(timm.create_model('test_resnet')), TypeError, 'RecursiveScriptModule'),
+    (lambda: regulate(timm.create_model('resnet18')), ValueError, 'layer1.*regulated already'),
+    (lambda: timm.create_model('regnet_reg_resnet20_convgru', regulated_stages=(2,)), ValueError, 'layer2.*regulated already'),
+    (pruned, ValueError, 'layer3.*pruned'),
+    (lambda: timm.create_model('resnet50_gn', **TINY, norm_layer='groupnorm1'), TypeError, 'layer1.*GroupNorm1'),
+    (lambda: timm.layers.freeze_batch_norm_2d(timm.create_model('test_resnet')), TypeError, 'layer1.*Frozen'),
+    (lambda: timm.create_model('resnet18', norm_layer=lambda n, **kw: nn.BatchNorm2d(n, affine=False, **kw)), TypeError,
+     'layer1.*BatchNorm2d'),
+    (lambda: timm.create_model('resnet18', act_layer='silu'), TypeError, 'layer1.*SiLU'),
+    (lambda: 'resnet18', TypeError, 'str'),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_what_cannot_be_regulated_is_told_what_can(make, error, what):
+    with pytest.raises(error, match=what) as raised:
+        regulate(make())
+    for word in ('accepts', 'timm.models.ResNet', 'BasicBlock', 'Bottleneck', 'batch norm', 'ReLU'):
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(cell='lstm'), r"'lstm'.*convrnn, convgru, convlstm"),
+    (dict(cell=None), r'None.*convrnn, convgru, convlstm'),
+    (dict(stages=(0,)), r'\(0,\).*from 1 to 4'),
+    (dict(stages=(5, 1)), r'\(5, 1\).*from 1 to 4'),
+    (dict(stages=1), r'1.*tuple.*from 1 to 4'),
+    (dict(stages='1'), r"'1'.*tuple.*from 1 to 4"),
+], ids=str)
+def test_unknown_cells_and_stages_are_named(kwargs, message):
+    model = timm.create_model('test_resnet')
+    with pytest.raises(ValueError, match=message):
+        regulate(model, **kwargs)
+    assert type(model) is ResNet
