@@ -4,7 +4,6 @@ Named after the method, and not `regnet`, so that timm doesn't file them with th
 Design Spaces*, which are called RegNet too.
 """
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, Callable, Dict, Tuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -108,13 +107,17 @@ def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: s
             raise RuntimeError(f'{name} has no pretrained tag {tag!r}; it has {", ".join(tags) or "none"}.')
         # not all of timm's default out_indices, as the CIFAR form has one stage less
         feature_cfg = {'out_indices': tuple(range(1 + len(model_args['layers']))), **kwargs.pop('feature_cfg', {})}
-        with weights_of(name, tag, kwargs.get('pretrained_cfg_overlay')) if pretrained else nullcontext():
+        overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
+        if overlay.get('hf_hub_id') or overlay.get('url'):
+            overlay = {'file': None, **overlay}  # packaged weights are a file, which timm would prefer
+        with weights_of(name, tag, overlay, kwargs.get('cache_dir')) if pretrained else nullcontext():
             return build_model_with_cfg(
                 model_class,
                 name,
                 pretrained,
                 feature_cfg=feature_cfg,
-                pretrained_filter_fn=partial(filter_checkpoint, cache_dir=kwargs.get('cache_dir')),
+                pretrained_filter_fn=filter_checkpoint,
+                pretrained_cfg_overlay=overlay,
                 **dict(model_args, **kwargs),
             )
 
@@ -139,7 +142,8 @@ def _default_cfgs() -> Dict[str, DefaultCfg]:
         cfgs.update({key: value for key, value in trained.items() if key.startswith(f'{name}.')})
         if model_class is RegulatedResNet:
             cfgs.update(warm_start_cfgs(name, name.removeprefix('regnet_reg_').removesuffix(f'_{model_args["cell"]}')))
-        cfgs.setdefault(name, cfg)
+        if not any(key.startswith(f'{name}.') for key in cfgs):
+            cfgs[name] = cfg
     return generate_default_cfgs(cfgs)
 
 

@@ -1,0 +1,591 @@
+"""`pretrained=True`: warm starts from a faked `timm/...` on a local Hub, folders of trained weights, and bad files.
+
+The reference for a warm start is timm's own network, loaded by timm from the same repository.
+"""
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import CLASSES, MODEL
+from huggingface_hub import constants
+from timm.models import get_pretrained_cfg, push_to_hf_hub, save_for_hf
+
+import timm_regnet_reg
+from timm_regnet_reg import pretrained
+from timm_regnet_reg.package import check_folder
+
+CELLS = ('convrnn', 'convgru', 'convlstm')
+WARM = 'regnet_reg_resnet18_convlstm'
+REPO = 'timm/resnet18.a1_in1k'
+OURS = timm.list_models(['regnet_reg_*', 'cifar_resnet*', 'cifar_seresnet*'])
+FOLDERS = sorted(path.parent for path in pretrained.WEIGHTS_FOLDER.glob('[!.]*/config.json'))
+
+
+def backbone_of(name):
+    """timm's name of a regulated ImageNet model's backbone, None for the CIFAR form."""
+    backbone = name.removeprefix('regnet_reg_').rsplit('_', 1)[0]
+    return None if backbone.removeprefix('se').removeprefix('resnet') in ('20', '32', '44', '56', '110') else backbone
+
+
+def trained_names(name=''):
+    return [folder.name for folder in FOLDERS if folder.name.startswith(name)]
+
+
+def look_trained(model, seed=0):
+    """Give a network batch norms, and last batch norms, that no fresh network has."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.3, 1.2, generator=generator)
+                module.bias.normal_(std=0.3, generator=generator)
+                module.running_mean.normal_(std=0.3, generator=generator)
+                module.running_var.uniform_(0.5, 2, generator=generator)
+    return model.eval()
+
+
+def files_of(model, folder):
+    """What timm writes for the model: `config.json` and `model.safetensors`, by name."""
+    save_for_hf(model, str(folder), safe_serialization=True)
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture(scope='module')
+def resnet18(tmp_path_factory):
+    """`(network, its files)`, as timm publishes them: a resnet18.a1_in1k that has been through something."""
+    torch.manual_seed(0)
+    model = look_trained(timm.create_model('resnet18.a1_in1k'))
+    return model, files_of(model, tmp_path_factory.mktemp('resnet18'))
+
+
+@pytest.fixture
+def timm_hub(hub, resnet18):
+    """The local Hub, with resnet18.a1_in1k where timm has it."""
+    hub.add_repo(REPO, resnet18[1])
+    return hub
+
+
+def images(channels=3, size=64):
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def assert_same(actual, expected, tolerance=1e-4):
+    """Equal to a tolerance relative to the largest value; lists element by element."""
+    if isinstance(expected, torch.Tensor):
+        actual, expected = [actual], [expected]
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected):
+        assert a.shape == e.shape and e.abs().max() > 1e-3
+        assert (a - e).abs().max() <= tolerance * e.abs().max()
+
+
+def error_of(name, **kwargs):
+    with pytest.raises(RuntimeError) as error:
+        timm.create_model(name, **{'pretrained': True, **kwargs})
+    return str(error.value)
+
+
+# Warm starts
+
+
+@pytest.mark.parametrize('cell', CELLS)
+@pytest.mark.parametrize('tag', ['', '.warm_a1_in1k'])
+def test_warm_start_has_its_backbones_outputs(timm_hub, resnet18, cell, tag):
+    model = timm.create_model(f'regnet_reg_resnet18_{cell}{tag}', pretrained=True).eval()
+    assert model.pretrained_cfg['tag'] == 'warm_a1_in1k'
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in resnet18[0].state_dict().items())
+    assert any('.regulator' in key for key in state)
+    with torch.no_grad():
+        assert_same(model(images()), resnet18[0](images()))
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(in_chans=1),
+    dict(in_chans=4),
+    dict(output_stride=8),
+    dict(regulated_stages=(1,)),
+    dict(regulated_stages=()),
+    dict(num_classes=0),
+    dict(features_only=True),
+    dict(features_only=True, out_indices=(1, 3), output_stride=16, in_chans=1),
+    dict(num_classes=7, in_chans=1, features_only=True),
+    dict(dtype=torch.float64),
+], ids=lambda kwargs: ' '.join(f'{key}={value}' for key, value in kwargs.items()))
+def test_warm_start_takes_the_arguments_that_timms_backbone_takes(timm_hub, kwargs):
+    model = timm.create_model(WARM, pretrained=True, **kwargs).eval()
+    kwargs.pop('regulated_stages', None)
+    plain = timm.create_model('resnet18.a1_in1k', pretrained=True, **kwargs).eval()
+    x = images(kwargs.get('in_chans', 3)).to(kwargs.get('dtype', torch.float32))
+    with torch.no_grad():
+        assert_same(model(x), plain(x), tolerance=1e-10 if 'dtype' in kwargs else 1e-4)
+
+
+def test_warm_start_with_other_classes_keeps_the_backbones_features(timm_hub, resnet18):
+    model = timm.create_model(WARM, pretrained=True, num_classes=7).eval()
+    with torch.no_grad():
+        assert model(images()).shape == (2, 7)
+        assert_same(model.forward_features(images()), resnet18[0].forward_features(images()))
+
+
+def test_warm_start_of_a_d_variant(hub, tmp_path):
+    """Its stem is a Sequential, so that the channels of `conv1.0` are what in_chans adapts. One block a stage."""
+    small = dict(layers=(1, 1, 1, 1))
+    hub.add_repo('timm/resnet50d.ra2_in1k', files_of(look_trained(timm.create_model('resnet50d', **small)), tmp_path))
+    for kwargs in ({}, dict(in_chans=1, features_only=True)):
+        model = timm.create_model('regnet_reg_resnet50d_convgru', pretrained=True, **small, **kwargs).eval()
+        plain = timm.create_model('resnet50d', pretrained=True, **small, **kwargs).eval()
+        x = images(kwargs.get('in_chans', 3))
+        with torch.no_grad():
+            assert_same(model(x), plain(x))
+    assert model.pretrained_cfg['first_conv'] == 'conv1.0'
+
+
+def test_overlay_with_the_file_of_a_backbone(hub, resnet18, tmp_path):
+    """timm's own models have no `file` either, so the overlay's comes before the Hub."""
+    file = tmp_path / 'resnet18.safetensors'
+    file.write_bytes(resnet18[1]['model.safetensors'])
+    model = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=dict(file=str(file))).eval()
+    with torch.no_grad():
+        assert_same(model(images()), resnet18[0](images()))
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize('suffix', ['.safetensors', '.pth.tar'])
+def test_overlay_with_the_file_of_a_regulated_network_loads_its_regulators(hub, tmp_path, suffix):
+    trained = look_trained(timm.create_model(WARM, num_classes=5), seed=3)
+    file = str(tmp_path / f'checkpoint{suffix}')
+    if suffix == '.safetensors':
+        safetensors.torch.save_file(trained.state_dict(), file)
+    else:
+        torch.save(dict(state_dict=trained.state_dict(), epoch=3), file)
+    overlay = dict(file=file, num_classes=5)
+    loaded = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), trained(images()))
+    assert hub.requests == []
+
+
+def test_overlay_with_another_repository(timm_hub, tmp_path):
+    other = look_trained(timm.create_model('resnet18'), seed=4)
+    timm_hub.add_repo('owner/other', files_of(other, tmp_path))
+    overlay = dict(hf_hub_id='owner/other')
+    model = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    with torch.no_grad():
+        assert_same(model(images()), other(images()))
+    assert not any(REPO in request for request in timm_hub.requests)
+
+
+def test_overlay_with_a_state_dict(hub, resnet18):
+    overlay = dict(state_dict=resnet18[0].state_dict())
+    model = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    with torch.no_grad():
+        assert_same(model(images()), resnet18[0](images()))
+    assert hub.requests == []
+
+
+def test_warm_start_offline_from_the_cache(timm_hub, resnet18, monkeypatch, tmp_path):
+    cache = str(tmp_path / 'mine')
+    timm.create_model(WARM, pretrained=True, cache_dir=cache)
+    assert sorted(os.listdir(cache))[-1] == 'models--timm--resnet18.a1_in1k'
+    assert not os.path.exists(constants.HF_HUB_CACHE)
+    timm.create_model(WARM, pretrained=True)
+    timm_hub.requests.clear()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    for kwargs in ({}, dict(cache_dir=cache)):
+        model = timm.create_model(WARM, pretrained=True, **kwargs).eval()
+        with torch.no_grad():
+            assert_same(model(images()), resnet18[0](images()))
+    assert timm_hub.requests == []
+
+
+def test_cached_warm_start_survives_a_lost_network(timm_hub, resnet18):
+    timm.create_model(WARM, pretrained=True)
+    timm_hub.close()
+    model = timm.create_model(WARM, pretrained=True).eval()
+    with torch.no_grad():
+        assert_same(model(images()), resnet18[0](images()))
+
+
+@pytest.mark.parametrize('offline', [True, False])
+def test_no_network_and_an_empty_cache(timm_hub, monkeypatch, offline):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
+    timm_hub.close()
+    message = error_of(WARM)
+    for part in (f'weights of {WARM} could not be loaded', REPO, 'check the connection', 'pretrained=False'):
+        assert part in message
+
+
+@pytest.mark.parametrize('kind', ['drop', '500'])
+def test_failed_download_names_model_and_repository_and_leaves_a_usable_cache(timm_hub, resnet18, kind):
+    timm_hub.fault(kind, 'read')
+    message = error_of(WARM)
+    assert WARM in message and REPO in message and 'check the connection' in message
+    timm_hub.faults.clear()
+    model = timm.create_model(WARM, pretrained=True).eval()
+    with torch.no_grad():
+        assert_same(model(images()), resnet18[0](images()))
+
+
+def test_absent_repository_is_named(hub):
+    message = error_of(WARM, pretrained_cfg_overlay=dict(hf_hub_id='owner/absent'))
+    assert WARM in message and 'owner/absent' in message and 'check the connection and the name' in message
+
+
+@pytest.mark.parametrize('kwargs, key', [
+    (dict(), 'layer1.1.conv1.weight'),
+    (dict(num_classes=7), 'layer1.1.conv1.weight'),  # where timm adapts the classifier, it lets anything pass
+    (dict(features_only=True), 'layer1.1.conv1.weight'),
+    (dict(shortcut='none'), 'layer2.0.downsample'),
+])
+def test_warm_start_refuses_another_network(hub, resnet18, tmp_path, kwargs, key):
+    state_dict = dict(resnet18[0].state_dict())
+    if 'shortcut' not in kwargs:
+        del state_dict[key]
+    message = error_of(WARM, pretrained_cfg_overlay=dict(state_dict=state_dict), **kwargs)
+    assert WARM in message and key in message and ('missing' in message or 'unexpected' in message)
+
+
+# Configs and lists
+
+
+def test_warm_start_has_timms_own_config():
+    """Everything but what it is called; `description` says what it is."""
+    names = [name for name in timm.list_pretrained('regnet_reg_*') if '.warm_' in name]
+    assert len(names) > 200
+    for name in names:
+        arch, tag = name.split('.warm_')
+        cfg, theirs = get_pretrained_cfg(name), get_pretrained_cfg(f'{backbone_of(arch)}.{tag}')
+        assert (cfg.architecture, cfg.tag) == (arch, f'warm_{tag}')
+        assert 'untrained regulators' in cfg.description and f'{backbone_of(arch)}.{tag}' in cfg.description
+        renamed = dict(architecture=None, tag=None, description=None)
+        assert dataclasses.replace(cfg, **renamed) == dataclasses.replace(theirs, **renamed)
+        assert cfg.hf_hub_id.split('/')[0] == 'timm' and cfg.file is None and cfg.source is None
+
+
+@pytest.mark.parametrize('name', ['resnet18.a1_in1k', 'resnet50.a1_in1k', 'resnext101_32x4d.fb_swsl_ig1b_ft_in1k'])
+def test_warm_start_resolves_to_the_data_config_of_its_backbone(name):
+    backbone, tag = name.split('.')
+    ours, theirs = (
+        [timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict(), use_test_size=test) for test in (True, False)]
+        for cfg in (get_pretrained_cfg(f'regnet_reg_{backbone}_convgru.warm_{tag}'), get_pretrained_cfg(name))
+    )
+    assert ours == theirs
+
+
+def test_list_pretrained_is_timms_backbones_and_the_trained_folders():
+    expected = set(trained_names())
+    for name in OURS:
+        if name.startswith('regnet_reg_') and backbone_of(name):
+            tags = [theirs.split('.')[1] for theirs in timm.list_pretrained(backbone_of(name))]
+            expected.update(f'{name}.warm_{tag}' for tag in tags)
+    listed = timm.list_pretrained(['regnet_reg_*', 'cifar_resnet*', 'cifar_seresnet*'])
+    assert len(listed) == len(set(listed)) and set(listed) == expected
+    assert set(timm.list_pretrained('regnet_reg_*')) == {name for name in expected if name.startswith('regnet_reg_')}
+
+
+def test_every_model_has_a_config_and_its_default_tag():
+    assert len(OURS) == 103
+    for name in OURS:
+        cfg = get_pretrained_cfg(name)
+        backbone = name.startswith('regnet_reg_') and backbone_of(name)
+        trained = trained_names(f'{name}.')
+        timms = backbone and timm.is_model(backbone) and timm.models.is_model_pretrained(backbone)
+        assert cfg.architecture == name
+        if trained:
+            assert cfg.tag == trained[0].split('.')[1]
+        elif timms:
+            assert cfg.tag == f'warm_{get_pretrained_cfg(backbone).tag}'
+        else:
+            assert cfg.tag is None and not cfg.has_weights
+            message = error_of(name)
+            assert f'{name} has no pretrained weights' in message
+            assert 'pretrained=False' in message and 'list_pretrained' in message
+
+
+def test_unknown_tag_names_the_known_ones():
+    for kwargs in (dict(model_name=f'{WARM}.a1_in1k'), dict(model_name=WARM, pretrained_cfg='a1_in1k')):
+        with pytest.raises(RuntimeError, match=f"{WARM} has no pretrained tag 'a1_in1k'; it has .*warm_a1_in1k"):
+            timm.create_model(pretrained=True, **kwargs)
+    with pytest.raises(RuntimeError, match="regnet_reg_seresnet18_convgru has no pretrained tag 'x'; it has none"):
+        timm.create_model('regnet_reg_seresnet18_convgru.x')
+
+
+# Fine-tuned and saved
+
+
+def test_fine_tuned_warm_start_saved_by_timm_loads_with_its_regulators(timm_hub, tmp_path):
+    """Its config still says that it started warm; the regulators must be those in the file all the same."""
+    torch.manual_seed(5)
+    model = timm.create_model(WARM, pretrained=True, num_classes=3, regulated_stages=(1, 2))
+    before = model.layer1.regulator.depthwise.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(2):
+        loss = torch.nn.functional.cross_entropy(model.train()(images(size=32)), torch.tensor([0, 2]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert not torch.equal(model.layer1.regulator.depthwise, before)
+    with torch.no_grad():
+        expected = model.eval()(images())
+
+    files_of(model, tmp_path / 'saved')
+    assert json.loads((tmp_path / 'saved/config.json').read_text())['pretrained_cfg']['tag'] == 'warm_a1_in1k'
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # huggingface_hub's about its own arguments
+        push_to_hf_hub(model, 'owner/tuned', safe_serialization=True)
+    for source in (f'local-dir:{tmp_path / "saved"}', 'hf-hub:owner/tuned'):
+        loaded = timm.create_model(source, pretrained=True).eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(images()), expected)
+        features = timm.create_model(source, pretrained=True, num_classes=9).eval().forward_features(images())
+        assert torch.equal(features, model.forward_features(images()))
+
+
+# Trained weights
+
+
+@pytest.fixture
+def folder(packaged, tmp_path, monkeypatch):
+    """A copy of `packaged`, in a folder of weights that stands for the project's."""
+    weights = tmp_path / 'weights'
+    monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', weights)
+    return Path(shutil.copytree(packaged, weights / packaged.name))
+
+
+def load_registered(folder, **kwargs):
+    """As create_model(MODEL, pretrained=True) once the registry has read the folder of weights."""
+    return timm.create_model(
+        MODEL, pretrained=True, pretrained_cfg=pretrained.trained_cfgs()[folder.name], **kwargs).eval()
+
+
+def load_from_folder(folder, **kwargs):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+BOTH = pytest.mark.parametrize('load', [load_registered, load_from_folder])
+
+
+@BOTH
+def test_trained_weights_load_without_network(trained, folder, hub, load):
+    model = load(folder)
+    assert torch.equal(model(images(size=32)), trained.model(images(size=32)))
+    assert tuple(model.pretrained_cfg['label_names']) == CLASSES
+    assert model.num_classes == 3 and model.pretrained_cfg['input_size'][-2:] in ((32, 32), [32, 32])
+    features = load(folder, num_classes=9).forward_features(images(size=32))
+    assert torch.equal(features, trained.model.forward_features(images(size=32)))
+    assert torch.equal(load(folder, features_only=True)(images(size=32))[-1], features)
+    assert hub.requests == []
+
+
+def test_overlay_of_trained_weights_with_another_repository_or_file(trained, folder, hub, tmp_path):
+    """They come with a file, which must not hide what the overlay asks for."""
+    hub.add_repo('owner/ema', files_of(trained.ema, tmp_path / 'ema'))
+    expected = trained.ema(images(size=32))
+    assert not torch.equal(expected, trained.model(images(size=32)))
+    for overlay in (dict(hf_hub_id='owner/ema'), dict(file=str(tmp_path / 'ema/model.safetensors'))):
+        assert torch.equal(load_registered(folder, pretrained_cfg_overlay=overlay)(images(size=32)), expected)
+
+
+INSTALLED = f"""
+import json, sys, timm, timm_regnet_reg, safetensors.torch
+images = safetensors.torch.load_file(sys.argv[1])['images']
+model = timm.create_model({MODEL!r}, pretrained=True).eval()
+errors = []
+for name in ({MODEL!r} + '.absent', 'regnet_reg_resnet32_convlstm'):
+    try:
+        timm.create_model(name, pretrained=True)
+    except RuntimeError as error:
+        errors.append(str(error))
+print(json.dumps([
+    timm_regnet_reg.__file__, model(images).tolist(), model.pretrained_cfg, timm.list_pretrained({MODEL!r}), errors]))
+"""
+
+
+def python(code, *args, cwd, **env):
+    """Runs code in a fresh process whose packages are those in `cwd` and this one's."""
+    return subprocess.run(
+        [sys.executable, '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, 'PYTHONPATH': str(cwd), **env})
+
+
+def test_installed_package_finds_the_weights_inside_itself(trained, packaged, hub, tmp_path):
+    """In the layout of the wheel, whose weights are in the package, in a fresh process."""
+    site = tmp_path / 'site'
+    code = Path(timm_regnet_reg.__file__).parent
+    shutil.copytree(code, site / code.name, ignore=shutil.ignore_patterns('pretrained_cfgs', '__pycache__'))
+    weights = site / code.name / 'pretrained_cfgs'
+    shutil.copytree(packaged, weights / packaged.name)
+    (weights / '.half.new').mkdir()
+    (weights / '.half.new/config.json').write_text('{')  # somebody packages another one meanwhile
+    safetensors.torch.save_file({'images': images(size=32)}, tmp_path / 'images')
+    run = python(INSTALLED, tmp_path / 'images', cwd=site, **hub.env(tmp_path / 'home'))
+    assert run.returncode == 0, run.stderr
+    file, outputs, cfg, listed, errors = json.loads(run.stdout.splitlines()[-1])
+    assert Path(file).parent == site / code.name
+    assert outputs == trained.model(images(size=32)).tolist()
+    assert cfg['file'] == str(weights / packaged.name / 'model.safetensors')
+    assert (cfg['architecture'], cfg['tag'], tuple(cfg['label_names'])) == (MODEL, 'tiny', CLASSES)
+    assert listed == [f'{MODEL}.tiny']
+    assert "no pretrained tag 'absent'; it has tiny." in errors[0] and 'no pretrained weights' in errors[1]
+    assert hub.requests == []
+
+
+def test_damaged_config_is_named_on_import(folder):
+    (folder / 'config.json').write_text((folder / 'config.json').read_text()[:100])
+    with pytest.raises(RuntimeError, match='config.json is not a config .* [Ii]nstall timm_regnet_reg again') as error:
+        pretrained.trained_cfgs()
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.skipif(not FOLDERS, reason='there are no trained weights in pretrained_cfgs yet')
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
+def test_every_folder_of_weights_is_whole_and_loads(folder, hub):
+    checked = check_folder(folder)
+    name, tag = folder.name.split('.')
+    assert checked.config['architecture'] == name
+    model = timm.create_model(folder.name, pretrained=True).eval()
+    from_folder = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    x = images(*model.pretrained_cfg['input_size'][::2])
+    with torch.no_grad():
+        assert torch.equal(model(x), checked.model(x)) and torch.equal(model(x), from_folder(x))
+    assert model.pretrained_cfg['tag'] == tag
+    assert list(model.pretrained_cfg['label_names']) == checked.config['label_names']
+    assert hub.requests == []
+
+
+# Bad files
+
+
+def resign(folder):
+    """Write the SHA-256 of the weights, as they are now, into the config."""
+    config = json.loads((folder / 'config.json').read_text())
+    config['sha256'] = hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
+def flip_a_bit(file):
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def edit(change):
+    def damage(file):
+        state_dict = safetensors.torch.load_file(file)
+        change(state_dict)
+        safetensors.torch.save_file(state_dict, file)
+        resign(file.parent)
+    return damage
+
+
+def truncate_and_resign(file):
+    truncate(file)
+    resign(file.parent)
+
+
+def replace_by_another_cell(file):
+    safetensors.torch.save_file(timm.create_model('regnet_reg_resnet20_convgru', num_classes=3).state_dict(), file)
+    resign(file.parent)
+
+
+def replace_by_the_plain_network(file):
+    safetensors.torch.save_file(timm.create_model('cifar_resnet20', num_classes=3).state_dict(), file)
+    resign(file.parent)
+
+
+@BOTH
+@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=9)], ids=['as it is', 'other classes'])
+@pytest.mark.parametrize('damage, message', [
+    (flip_a_bit, 'model.safetensors has SHA-256'),
+    (truncate, 'model.safetensors has SHA-256'),
+    (truncate_and_resign, 'Error while deserializing header'),
+    (Path.unlink, 'No such file'),
+    (edit(lambda s: s.pop('layer2.0.regulator_bn.weight')), '1 weights are missing: layer2.0.regulator_bn.weight.'),
+    (edit(lambda s: s.update(extra=torch.ones(1))), '1 weights are unexpected: extra.'),
+    (edit(lambda s: s.update({'layer1.0.bn1.weight': torch.ones(9)})), 'size mismatch for layer1.0.bn1.weight'),
+    (edit(lambda s: s['layer3.2.conv2.weight'][0, 0].fill_(torch.nan)), 'not finite: layer3.2.conv2.weight.'),
+    (replace_by_another_cell, 'size mismatch for layer1.regulator'),
+    (replace_by_the_plain_network, 'weights are missing: layer1.0.regulator_bn.weight'),
+], ids=['bit flipped', 'truncated', 'truncated, no hash', 'no file', 'missing key', 'extra key', 'shape', 'NaN', 'cell',
+        'plain'])
+def test_bad_weights_are_refused_by_name(folder, load, kwargs, damage, message):
+    damage(folder / 'model.safetensors')
+    with pytest.raises(RuntimeError) as error:
+        load(folder, **kwargs)
+    text = str(error.value)
+    assert message in text and f'weights of {MODEL} could not be loaded from {folder}' in text
+    assert 'fetch or install it again' in text
+
+
+class Intruder:
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize('hashed', [True, False], ids=['packaged', 'saved without hash'])
+@pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pth'])
+def test_pickle_in_place_of_the_weights_runs_nothing(folder, tmp_path, hashed, name):
+    """With a hash in the config nothing but model.safetensors is opened; without, timm reads tensors only."""
+    (folder / 'model.safetensors').unlink()
+    torch.save({'conv1.weight': Intruder(tmp_path / 'was here')}, folder / name)
+    if not hashed:
+        config = json.loads((folder / 'config.json').read_text())
+        del config['sha256']
+        (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(RuntimeError) as error:
+        load_from_folder(folder)
+    assert not (tmp_path / 'was here').exists()
+    assert str(folder) in str(error.value) and MODEL in str(error.value)
+    assert ('model.safetensors' if hashed else 'weights_only') in str(error.value)
+
+
+def test_harmless_pickle_is_not_taken_for_packaged_weights(trained, folder, hub, monkeypatch):
+    (folder / 'model.safetensors').unlink()
+    torch.save(trained.model.state_dict(), folder / 'pytorch_model.bin')
+    hub.add_repo('owner/tiny', {path.name: path.read_bytes() for path in folder.iterdir()})
+    monkeypatch.setattr(torch, 'load', None)  # whoever unpickles fails with another error
+    for source in (f'local-dir:{folder}', 'hf-hub:owner/tiny'):
+        with pytest.raises(RuntimeError, match='model.safetensors'):
+            timm.create_model(source, pretrained=True)
+
+
+@pytest.mark.parametrize('kind', ['corrupt', 'drop', '500'])
+def test_published_weights_that_arrive_damaged_are_refused(trained, folder, hub, kind):
+    """The config arrives; then something happens to the weights."""
+    hub.add_repo('owner/tiny', {path.name: path.read_bytes() for path in folder.iterdir()})
+    hub.fault(kind, 'read', skip=1)
+    with pytest.raises(RuntimeError, match=f'weights of {MODEL} could not be loaded from owner/tiny') as error:
+        timm.create_model('hf-hub:owner/tiny', pretrained=True)
+    if kind == 'corrupt':
+        assert 'model.safetensors has SHA-256' in str(error.value) and constants.HF_HUB_CACHE in str(error.value)
+        shutil.rmtree(constants.HF_HUB_CACHE)  # as the message says
+    hub.faults.clear()
+    model = timm.create_model('hf-hub:owner/tiny', pretrained=True).eval()
+    assert torch.equal(model(images(size=32)), trained.model(images(size=32)))
+
+
+@pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'\x80\x02}q\x00.'], ids=['empty', 'text', 'pickle'])
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_overlay_with_a_file_that_is_none_names_it(tmp_path, content, suffix):
+    file = tmp_path / f'weights{suffix}'
+    file.write_bytes(content)
+    message = error_of(WARM, pretrained_cfg_overlay=dict(file=str(file)))
+    assert str(file) in message and WARM in message and 'pretrained=False' in message
