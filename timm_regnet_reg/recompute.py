@@ -167,7 +167,7 @@ def _step(cell: Any, X: torch.Tensor, H: OptTensor, C: OptTensor, W: Kernels) ->
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(X, torch.fx.Proxy):
         return cell.equations(X, H, C, W)
     device = X.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             X, H, C = (x if x is None else x.to(dtype) for x in (X, H, C))
