@@ -1,0 +1,257 @@
+"""`bench` on tiny inputs: what it compares, counts and writes; never how long anything takes."""
+import csv
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from reference import cell as reference_cell
+from tqdm import tqdm
+
+from timm_regnet_reg import bench
+from timm_regnet_reg.__main__ import main
+from timm_regnet_reg.cells import ConvRNN
+
+MODELS = ['plain', 'convrnn', 'convgru', 'convlstm', 'naive convlstm', 'dense convrnn']
+CPU = torch.device('cpu')
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """No step is timed more than once a repeat."""
+    monkeypatch.setattr(bench, 'SHORTEST', 0.)
+
+
+@pytest.fixture(scope='module')
+def models():
+    torch.manual_seed(0)
+    return {name: model.eval() for name, model in bench.networks('resnet20').items()}
+
+
+def randomize(model):
+    """Weights and statistics under which every layer matters."""
+    for name, value in model.state_dict().items():
+        if name.endswith(('bn1.weight', 'bn2.weight', 'running_var')):
+            value.uniform_(0.5, 1.5)
+        elif name.endswith('running_mean'):
+            value.normal_(std=0.1)
+
+
+def test_naive_cell_is_the_reference():
+    torch.manual_seed(0)
+    cell = bench.NaiveConvLSTM(3, dtype=torch.float64)
+    params = {key: value.detach() for key, value in cell.state_dict().items()}
+    H = C = H_expected = C_expected = None
+    for X in torch.randn(3, 2, 3, 5, 4, dtype=torch.float64):
+        H, C = cell(X, H, C)
+        H_expected, C_expected = reference_cell('convlstm', params, X, H_expected, C_expected)
+        torch.testing.assert_close(H, H_expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(C, C_expected, rtol=1e-12, atol=1e-12)
+
+
+def test_dense_cell_with_a_separable_kernel_is_the_convrnn():
+    torch.manual_seed(0)
+    N = 3
+    separable, dense = ConvRNN(N, dtype=torch.float64), bench.DenseConvRNN(N, dtype=torch.float64)
+    with torch.no_grad():
+        dense.conv.weight.zero_()
+        for c in range(N):
+            dense.conv.weight[c, c] = separable.pointwise[c, 0] * separable.depthwise[c, 0]
+            dense.conv.weight[c, N + c] = separable.pointwise[c, 1] * separable.depthwise[c, 0]
+        dense.conv.bias.copy_(separable.bias.normal_())
+    H = H_expected = None
+    for X in torch.randn(3, 2, N, 5, 4, dtype=torch.float64):
+        H, _ = dense.update(X, H, None, dense.kernels())
+        H_expected, _ = separable(X, H_expected)
+        torch.testing.assert_close(H, H_expected, rtol=1e-12, atol=1e-12)
+
+
+def test_naive_network_is_the_regulated_one_with_another_cell(models):
+    randomize(models['convlstm'])
+    models['naive convlstm'].load_state_dict(models['convlstm'].state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(models['naive convlstm'](x), models['convlstm'](x), rtol=1e-4, atol=1e-5)
+
+
+def test_plain_network_is_the_backbone(models):
+    plain = timm.create_model('cifar_resnet20').eval()
+    plain.load_state_dict(models['plain'].state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(models['plain'](x), plain(x))
+
+
+def test_folded_plain_network_has_no_batch_norm_and_the_same_outputs(models):
+    randomize(models['plain'])
+    folded = bench.fuse(models['plain'])
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), models['plain'](x), rtol=1e-4, atol=1e-5)
+
+
+def test_regulators_alone_read_what_they_read_in_the_network():
+    model = timm.create_model('regnet_reg_resnet50_convrnn')
+    inputs = bench._regulator_inputs(model, torch.zeros(2, 3, 64, 64))
+    # where the 3x3 convolution strides, they read pooled maps
+    assert [tuple(X.shape) for X in inputs] == [(2, 64, 16, 16), (2, 128, 8, 8), (2, 256, 4, 4), (2, 512, 2, 2)]
+    regulators = bench.Regulators(model)
+    assert regulators.steps == [3, 4, 6, 3]
+    assert [H.shape for H in regulators(*inputs)] == [X.shape for X in inputs]
+
+
+def test_peak_memory_is_the_most_held_at_a_time():
+    MiB = 2 ** 18  # float32 elements
+
+    def step():
+        a = torch.empty(3 * MiB)
+        b = torch.empty(5 * MiB)  # 8 MiB are held here
+        del a
+        c = torch.empty(MiB)
+        del b, c
+        torch.empty(7 * MiB)
+
+    held = torch.empty(MiB)
+    for _ in range(2):
+        assert bench.peak_memory(step, CPU) == 8 * 2 ** 20
+    del held
+
+
+def test_repeats_are_interleaved(hasty):
+    order = []
+
+    def contender(name):
+        images = torch.zeros(2, 1, 1, 1)
+        return bench.Contender(name, torch.nn.Identity(), lambda model, x: order.append(name), [images])
+
+    contenders = [contender(name) for name in 'abc']
+    for c in contenders[1:]:
+        c.reference = contenders[0]
+    with tqdm(disable=True, total=12) as progress:
+        bench.measure(contenders, 3, progress)
+    assert order == [*'aaaabbbbcccc', *'abc' * 3]  # each of two formats warms up and is timed
+    for c in contenders:
+        assert len(c.seconds) == 3
+        assert c.memory_format in bench.FORMATS
+        assert c.images_per_second == [2 / s for s in c.seconds]
+        assert c.ratios == pytest.approx([a / s for a, s in zip(contenders[0].seconds, c.seconds)])
+
+
+def test_short_steps_are_timed_several_at_once(monkeypatch):
+    monkeypatch.setattr(bench, 'SHORTEST', 1.)
+    monkeypatch.setattr(bench.Contender, 'time', lambda self: 0.3)
+    c = bench.Contender('a', torch.nn.Identity(), lambda model, x: None, [torch.zeros(1, 1, 1, 1)])
+    c.warm_up()
+    assert c.steps == 4
+
+
+def test_bench_prints_tables_and_writes_every_figure(hasty, tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    arguments = ['--backbone', 'resnet20', '--batch-size', '2', '--image-size', '8', '--repeats', '2']
+    assert main(['bench', *arguments, '--output', str(tmp_path / 'new')]) == 0
+    out, err = capsys.readouterr()
+    assert torch.__version__ in out
+    for phase in ('train', 'inference', 'regulators'):
+        assert f'\nresnet20, batch 2, 8x8: {phase}\n' in out
+        assert f'resnet20 {phase}' in err  # the progress bar
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in out.splitlines() if line.startswith('| ')]
+    folded = [f'{name}, folded' for name in ('plain', 'convrnn', 'convgru', 'convlstm')]
+    regulators = ['dense convrnn', 'naive convlstm', 'convrnn', 'convgru', 'convlstm']
+    names = [row[0] for row in rows if not row[0].startswith(':-')]
+    assert names == ['network', *MODELS, 'network', *MODELS, *folded, 'network', *regulators]
+    assert rows[2][:2] == ['plain', '0.272']
+    assert rows[2][5] == '1.00 (1.00–1.00)'
+
+    with open(tmp_path / 'new' / 'resnet20.csv', newline='') as file:
+        records = list(csv.DictReader(file))
+    assert len(records) == 2 * (len(MODELS) + len(MODELS) + len(folded) + len(regulators))
+    assert {r['phase'] for r in records if r['peak_bytes']} == {'train'}
+    seconds = {(r['phase'], r['network'], r['repeat']): float(r['seconds_per_step']) for r in records}
+    assert len(seconds) == len(records)
+    for r in records:
+        expected = 'plain, folded' if 'folded' in r['network'] else 'plain'
+        if r['phase'] == 'regulators':
+            expected = 'dense convrnn'
+        assert r['reference'] == expected
+        own, reference = seconds[r['phase'], r['network'], r['repeat']], seconds[r['phase'], expected, r['repeat']]
+        assert float(r['ratio']) == pytest.approx(reference / own)
+        assert float(r['images_per_second']) == pytest.approx(2 / own)
+        assert int(r['multiply_adds']) > 0
+    assert (tmp_path / 'new' / 'resnet20.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_checkpointing_is_measured_and_switched_off_again(models):
+    step = bench.Contender('a', models['convlstm'].train(), bench._train, [torch.randn(32, 3, 32, 32)])
+    bench._measure_peaks(step, CPU)
+    models['convlstm'].eval()
+    assert step.checkpointed_peak < step.peak
+    assert not any(getattr(m, 'grad_checkpointing', False) for m in models['convlstm'].modules())
+
+
+@pytest.mark.parametrize('exponent', [0.5, 1., 2.])
+def test_scaling_exponent_is_that_of_a_power(exponent):
+    sizes = [1, 2, 5, 30]
+    assert bench.scaling_exponent(sizes, [3 * size ** exponent for size in sizes]) == pytest.approx(exponent)
+
+
+def test_scaling_varies_batch_pixels_and_depth(hasty, monkeypatch, tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+
+    def step(model, x):  # instead of a network's
+        F.avg_pool2d(x, 2)
+
+    monkeypatch.setattr(bench, '_train', step)
+    monkeypatch.setattr(bench, '_infer', step)
+    assert main(['bench', '--scaling', '--batch-size', '16', '--repeats', '1', '--output', str(tmp_path)]) == 0
+    with open(tmp_path / 'scaling.csv', newline='') as file:
+        records = list(csv.DictReader(file))
+    for phase in ('train', 'inference'):
+        sizes = {
+            what: [int(r['size']) for r in records if (r['phase'], r['growing']) == (phase, what)]
+            for what in ('batch', 'pixels', 'depth')
+        }
+        assert sizes == {
+            'batch': [2, 4, 8, 16], 'pixels': [32 ** 2, 48 ** 2, 64 ** 2, 96 ** 2], 'depth': [20, 32, 44, 56, 110],
+        }
+    assert capsys.readouterr().out.count('| train ') == 3
+    assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_unknown_backbone_is_told_the_choices(capsys):
+    assert main(['bench', '--backbone', 'resnet21']) == 1
+    assert "unknown backbone 'resnet21': choose one of resnet20, resnet32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('device', ['gpu', 'mps:0', *([] if torch.cuda.is_available() else ['cuda'])])
+def test_unusable_device_is_told(device, capsys):
+    assert main(['bench', '--device', device]) == 1
+    assert f"device '{device}' can't be used: 'cpu' is accepted" in capsys.readouterr().err
+
+
+def test_output_is_checked_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('matplotlib')
+    monkeypatch.setattr(bench, 'bench', None)
+    file = tmp_path / 'file'
+    file.touch()
+    assert main(['bench', '--output', str(file)]) == 1
+    assert f"cannot write to --output '{file}'" in capsys.readouterr().err
+
+
+def test_missing_matplotlib_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'bench', None)
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    assert main(['bench', '--output', str(tmp_path)]) == 1
+    assert 'pip install "timm-regnet-reg[bench]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--repeats', '0'],
+    ['--batch-size', '-1'],
+    ['--scaling', '--backbone', 'resnet20'],
+])
+def test_senseless_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(['bench', *arguments])
+    assert exit.value.code == 2

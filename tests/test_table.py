@@ -1,0 +1,77 @@
+"""`table` and its counts, against torchvision's published figures and sums done by hand."""
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+
+from timm_regnet_reg import table
+from timm_regnet_reg.regnet_reg import BACKBONES, CIFAR_BACKBONES
+
+README = Path(__file__).resolve().parents[1] / 'README.md'
+
+
+def figures(line):
+    """A row's backbone, input and [(parameters in millions, multiply-adds in billions), …]."""
+    backbone, size, *columns = (cell.strip() for cell in line.strip('|').split('|'))
+    return backbone, size, [tuple(map(float, column.split(' / '))) for column in columns]
+
+
+@pytest.mark.parametrize('backbone', ['resnet18', 'resnet50', 'resnext50_32x4d'])
+def test_plain_networks_are_as_large_as_torchvision_says(backbone):
+    meta = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.meta
+    name, size, [(parameters, multiply_adds), *regulated] = figures(table.row(backbone))
+    assert (name, size, len(regulated)) == (backbone, '224x224', 3)
+    assert parameters == pytest.approx(meta['num_params'] / 1e6, rel=0.005)
+    assert multiply_adds == pytest.approx(meta['_ops'], rel=0.005)
+    assert all(p > parameters and m > multiply_adds for p, m in regulated)
+
+
+@pytest.mark.parametrize('cell, first_step, later_steps', [
+    ('convrnn', 9, 18),
+    ('convgru', 2 * 9, 3 * 18),  # without state there is nothing to reset
+    ('convlstm', 3 * 9, 4 * 18),  # nor to forget
+])
+def test_multiply_adds_of_a_regulator_are_those_of_its_convolutions(cell, first_step, later_steps):
+    """Of three blocks a stage: the gates' 3x3 kernels of X and of H, and the fusion's 2N to N channels."""
+    _, plain = table._count('cifar_resnet20')
+    _, regulated = table._count(f'regnet_reg_resnet20_{cell}')
+    assert regulated - plain == sum(
+        N * size ** 2 * (first_step + 2 * later_steps) + 3 * 2 * N * N * size ** 2
+        for N, size in ((16, 32), (32, 16), (64, 8))
+    )
+
+
+def test_counts_grow_with_the_batch_and_work_on_real_tensors():
+    model = timm.create_model('regnet_reg_resnet20_convlstm').eval()
+    parameters, one = table.count(model, torch.zeros(1, 3, 32, 32))
+    assert (parameters, one) == table._count('regnet_reg_resnet20_convlstm')
+    assert table.count(model, torch.zeros(3, 3, 32, 32)) == (parameters, 3 * one)
+
+
+@pytest.mark.parametrize('x, text', [(0.0408129, '0.0408'), (4.0, '4.00'), (25.557, '25.6'), (159.8, '160')])
+def test_figures_have_three_digits(x, text):
+    assert table._three_digits(x) == text
+
+
+def test_every_backbone_has_a_row(monkeypatch, capsys):
+    monkeypatch.setattr(table, 'row', lambda backbone: f'| {backbone} |')
+    table.main(argparse.Namespace())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == '| backbone | input | plain | ConvRNN | ConvGRU | ConvLSTM |'
+    assert lines[1].count('|') == lines[0].count('|')
+    assert lines[2:] == [f'| {backbone} |' for backbone in [*BACKBONES, *CIFAR_BACKBONES]]
+
+
+def test_readme_shows_the_table_as_printed():
+    text = README.read_text(encoding='utf-8') if README.exists() else ''
+    rows = dict(re.findall(r'^(?=\| (\w+) \| \d+x\d+ )(.*)$', text, re.MULTILINE))
+    if not rows:
+        pytest.skip('README has no table of models yet')
+    assert list(rows) == [*BACKBONES, *CIFAR_BACKBONES]
+    assert '\n'.join(table.header()) in text
+    for backbone in ('resnet18', 'resnext50_2x40d', 'resnet20', 'seresnet20'):
+        assert rows[backbone] == table.row(backbone)

@@ -1,0 +1,86 @@
+"""Print the table of models with their parameters and multiply-adds.
+
+    regnet-reg table
+
+A Markdown table, the one in README: a row for every backbone, plain and with each cell. Nothing is downloaded, and
+no weights are made.
+"""
+import argparse
+from typing import List, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from . import equations
+from .blocks import RegulatedStage
+from .cells import CELLS
+from .regnet_reg import BACKBONES, CIFAR_BACKBONES
+
+__all__ = ['count', 'header', 'row']
+
+PLAIN = 'plain'
+
+
+def count(model: nn.Module, *inputs: torch.Tensor) -> Tuple[int, int]:
+    """What a network is made of and what it does.
+
+    Args:
+        model: The network, in evaluation mode.
+        *inputs: What it takes: images (B, C, height, width), on the network's device.
+
+    Returns:
+        Its parameters, and the multiply-adds of its convolutions and matrix products on these inputs: half of the
+        operations that torch's counter counts. They are those of the forward as it runs, in which the first block of a
+        stage leaves out the state, which is zero there.
+    """
+    # not under no_grad: there the counter, which follows the modules by hooks on gradients, stumbles over views
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def _count(name: str, **kwargs) -> Tuple[int, int]:
+    """`count` of a model and one image of its default size, both without data."""
+    model = timm.create_model(name, device='meta', **kwargs).eval()
+    for stage in model.children():
+        if isinstance(stage, RegulatedStage):
+            # as convolutions they are the same, and these need no device that autocast knows
+            update = getattr(equations, type(stage.regulator).__name__.lower())
+            for block in stage:
+                block.update = update
+    return count(model, torch.empty(1, *model.default_cfg['input_size'], device='meta'))
+
+
+def _three_digits(x: float) -> str:
+    return f'{x:#.3g}'.rstrip('.')
+
+
+def header() -> List[str]:
+    """The table's first two lines."""
+    columns = ['backbone', 'input', PLAIN, *(cell.__name__ for cell in CELLS.values())]
+    return [f'| {" | ".join(columns)} |', f'|---|---|{"---:|" * (len(columns) - 2)}']
+
+
+def row(backbone: str) -> str:
+    """The table's line of one backbone: its input, then parameters in millions / multiply-adds in billions.
+
+    Args:
+        backbone: A key of `BACKBONES` or `CIFAR_BACKBONES`, 'resnet50', say.
+    """
+    names = [f'regnet_reg_{backbone}_{cell}' for cell in CELLS]
+    counts = [_count(names[0], regulated_stages=()), *map(_count, names)]
+    size = 'x'.join(map(str, timm.get_pretrained_cfg(names[0]).input_size[1:]))
+    columns = [f'{_three_digits(parameters / 1e6)} / {_three_digits(macs / 1e9)}' for parameters, macs in counts]
+    return f'| {backbone} | {size} | {" | ".join(columns)} |'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def main(args: argparse.Namespace) -> None:
+    rows = [row(backbone) for backbone in tqdm([*BACKBONES, *CIFAR_BACKBONES], unit='backbone', leave=False)]
+    print(*header(), *rows, sep='\n')
