@@ -23,7 +23,7 @@ def conv(X: torch.Tensor, H: Optional[torch.Tensor], W: Kernels, gate: int) -> t
     W_x, W_h, b = W[3 * gate], W[3 * gate + 1], W[3 * gate + 2]
     out = F.conv2d(X, W_x, b, padding=1, groups=W_x.shape[0])
     if H is not None:
-        out.add_(F.conv2d(H, W_h, padding=1, groups=W_h.shape[0]))
+        out = out.add_(F.conv2d(H, W_h, padding=1, groups=W_h.shape[0]))  # assigned, or torch.fx takes it for dead
     return out
 
 
