@@ -110,6 +110,14 @@ def test_warm_start_has_its_backbones_outputs(timm_hub, resnet18, cell, tag):
         assert_same(model(images()), resnet18[0](images()))
 
 
+def test_warm_start_is_what_regulate_makes_of_the_backbone(timm_hub, resnet18):
+    """Its fusion's batch norm, too, which evaluation doesn't tell from any other that undoes itself."""
+    model, regulated = timm.create_model(WARM, pretrained=True), timm_regnet_reg.regulate(resnet18[0])
+    expected = {key: value for key, value in regulated.state_dict().items() if '.fusion_bn.' in key}
+    state = model.state_dict()
+    assert len(expected) == 40 and all(torch.equal(state[key], value) for key, value in expected.items())
+
+
 @pytest.mark.parametrize('kwargs', [
     dict(in_chans=1),
     dict(in_chans=4),
@@ -386,6 +394,15 @@ def test_trained_weights_load_without_network(trained, folder, hub, load):
     assert torch.equal(features, trained.model.forward_features(images(size=32)))
     assert torch.equal(load(folder, features_only=True)(images(size=32))[-1], features)
     assert hub.requests == []
+
+
+def test_published_weights_are_kept_in_the_given_cache(trained, folder, hub, tmp_path, monkeypatch):
+    hub.add_repo('owner/tiny', {path.name: path.read_bytes() for path in folder.iterdir()})
+    for offline in (False, True):
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
+        model = timm.create_model('hf-hub:owner/tiny', pretrained=True, cache_dir=str(tmp_path / 'mine')).eval()
+        assert torch.equal(model(images(size=32)), trained.model(images(size=32)))
+    assert not os.path.exists(constants.HF_HUB_CACHE)
 
 
 def test_overlay_of_trained_weights_with_another_repository_or_file(trained, folder, hub, tmp_path):
