@@ -189,6 +189,21 @@ def test_fusion_starts_with_the_statistics_of_what_it_normalizes():
         assert fusion_bn.running_mean.std() > 0.05, 'the comparison is empty'
 
 
+@pytest.mark.parametrize('kind', ['cifar', 'basic', 'd'])
+def test_batch_statistics_move_the_outputs_far_less_than_with_a_unit_batch_norm(kind):
+    model = backbone(kind).train()
+    regulated = regulate(model)
+    unit = copy.deepcopy(regulated)
+    for name, m in unit.named_modules():
+        if name.endswith('fusion_bn'):
+            nn.init.ones_(m.weight)
+            nn.init.zeros_(m.bias)
+    x = images(model, 32)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+        assert difference(regulated(x), expected) < difference(unit(x), expected) / 4
+
+
 # What is kept
 
 def test_mode_and_frozen_parameters_are_kept():
