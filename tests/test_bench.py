@@ -147,9 +147,10 @@ def test_short_steps_are_timed_several_at_once(monkeypatch):
     assert c.steps == 4
 
 
-def test_bench_prints_tables_and_writes_every_figure(hasty, tmp_path, capsys):
+def test_bench_prints_tables_and_writes_every_figure(hasty, monkeypatch, tmp_path, capsys):
     pytest.importorskip('matplotlib')
-    arguments = ['--backbone', 'resnet20', '--batch-size', '2', '--image-size', '8', '--repeats', '2']
+    monkeypatch.setattr(torch, 'compile', lambda model: model)  # the real one takes minutes
+    arguments = ['--backbone', 'resnet20', '--batch-size', '2', '--image-size', '8', '--repeats', '2', '--compile']
     assert main(['bench', *arguments, '--output', str(tmp_path / 'new')]) == 0
     out, err = capsys.readouterr()
     assert torch.__version__ in out
@@ -157,23 +158,25 @@ def test_bench_prints_tables_and_writes_every_figure(hasty, tmp_path, capsys):
         assert f'\nresnet20, batch 2, 8x8: {phase}\n' in out
         assert f'resnet20 {phase}' in err  # the progress bar
     rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in out.splitlines() if line.startswith('| ')]
-    folded = [f'{name}, folded' for name in ('plain', 'convrnn', 'convgru', 'convlstm')]
+    folded, compiled = ([f'{name}, {kind}' for name in MODELS[:4]] for kind in ('folded', 'compiled'))
     regulators = ['dense convrnn', 'naive convlstm', 'convrnn', 'convgru', 'convlstm']
     names = [row[0] for row in rows if not row[0].startswith(':-')]
-    assert names == ['network', *MODELS, 'network', *MODELS, *folded, 'network', *regulators]
+    assert names == [
+        'network', *MODELS, *compiled, 'network', *MODELS, *folded, *compiled, 'network', *regulators,
+    ]
     assert rows[2][:2] == ['plain', '0.272']
     assert rows[2][5] == '1.00 (1.00–1.00)'
 
     with open(tmp_path / 'new' / 'resnet20.csv', newline='') as file:
         records = list(csv.DictReader(file))
-    assert len(records) == 2 * (len(MODELS) + len(MODELS) + len(folded) + len(regulators))
-    assert {r['phase'] for r in records if r['peak_bytes']} == {'train'}
+    assert len(records) == 2 * (2 * len(MODELS) + len(folded) + 2 * len(compiled) + len(regulators))
+    assert {(r['phase'], r['network']) for r in records if r['peak_bytes']} == {('train', name) for name in MODELS}
     seconds = {(r['phase'], r['network'], r['repeat']): float(r['seconds_per_step']) for r in records}
     assert len(seconds) == len(records)
     for r in records:
-        expected = 'plain, folded' if 'folded' in r['network'] else 'plain'
-        if r['phase'] == 'regulators':
-            expected = 'dense convrnn'
+        expected = 'dense convrnn' if r['phase'] == 'regulators' else 'plain'
+        if ', ' in r['network']:
+            expected += r['network'][r['network'].index(', '):]
         assert r['reference'] == expected
         own, reference = seconds[r['phase'], r['network'], r['repeat']], seconds[r['phase'], expected, r['repeat']]
         assert float(r['ratio']) == pytest.approx(reference / own)

@@ -552,7 +552,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--repeats', type=_positive, default=5, metavar='N', help='default: 5')
     parser.add_argument('--threads', type=_positive, metavar='N', help="CPU threads (default: torch's)")
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
-    parser.add_argument('--compile', action='store_true', help='time plain and regulated networks compiled, too')
+    parser.add_argument(
+        '--compile', action='store_true', help='time plain and regulated networks compiled, too (each compiles for minutes)')
     parser.add_argument('--output', metavar='DIR', help='write every figure as CSV and a plot there (needs matplotlib)')
 
 

@@ -14,8 +14,6 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from . import equations
-from .blocks import RegulatedStage
 from .cells import CELLS
 from .regnet_reg import BACKBONES, CIFAR_BACKBONES
 
@@ -45,12 +43,6 @@ def count(model: nn.Module, *inputs: torch.Tensor) -> Tuple[int, int]:
 def _count(name: str, **kwargs) -> Tuple[int, int]:
     """`count` of a model and one image of its default size, both without data."""
     model = timm.create_model(name, device='meta', **kwargs).eval()
-    for stage in model.children():
-        if isinstance(stage, RegulatedStage):
-            # as convolutions they are the same, and these need no device that autocast knows
-            update = getattr(equations, type(stage.regulator).__name__.lower())
-            for block in stage:
-                block.update = update
     return count(model, torch.empty(1, *model.default_cfg['input_size'], device='meta'))
 
 
