@@ -12,11 +12,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import checkpoint
 from timm.models.resnet import BasicBlock, Bottleneck
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .cells import RegulatorCell
+from .cells import FoldedCell, RegulatorCell
 
-__all__ = ['Fusion', 'RegulatedBasicBlock', 'RegulatedBottleneck', 'RegulatedStage', 'ZeroPadShortcut', 'ZeroShortcut',
-           'regulate_block']
+__all__ = ['Fusion', 'PlainStage', 'RegulatedBasicBlock', 'RegulatedBottleneck', 'RegulatedStage', 'ZeroPadShortcut',
+           'ZeroShortcut', 'fold_batch_norms', 'regulate_block']
 
 BlockOutput = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
 
@@ -146,7 +147,58 @@ def regulate_block(
     nn.init.kaiming_normal_(block.fusion_conv.weight, mode='fan_out', nonlinearity='relu')
 
 
-class RegulatedStage(nn.Module):
+@torch.no_grad()
+def fold_batch_norms(module: nn.Module) -> None:
+    """Fold batch norms into the convolutions before them, in place; nn.Identity takes a folded one's place.
+
+    Args:
+        module: A block, stem, shortcut or whole network. Among its children, and within those that are an
+            nn.Sequential, a BN registered right after a convolution is taken to follow it, as in all of timm's ResNets.
+    """
+    before = None
+    for name, child in list(module.named_children()):
+        # not a subclass of these two, as timm's may hold the activation as well
+        is_bn = type(child) in (nn.BatchNorm2d, nn.SyncBatchNorm) and child.running_mean is not None
+        if is_bn and isinstance(before, nn.Conv2d):
+            before.weight, before.bias = fuse_conv_bn_weights(
+                before.weight, before.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias)
+            setattr(module, name, nn.Identity())
+        before = child
+        if type(child) is nn.Sequential:
+            fold_batch_norms(child)
+            before = child[-1] if len(child) else None
+
+
+class _Stage(nn.Module):
+    """What regulated and plain stages have in common: `timm.utils.reparameterize_model` folds them for inference."""
+    folded = False
+
+    def reparameterize(self) -> None:
+        """Fold, in place, what is linear in evaluation mode; afterwards the stage is for inference alone."""
+        for block in self:
+            fold_batch_norms(block)
+        self.folded = True
+        self.eval()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As nn.Module.train.
+
+        Raises:
+            RuntimeError: Training mode for a stage that has been folded.
+        """
+        if mode and self.folded:
+            raise RuntimeError(
+                'This network was reparameterised for inference, and trains no more: its batch norms and the separable '
+                'kernels of its regulators are folded. Train the network that it was made from.'
+            )
+        return super().train(mode)
+
+
+class PlainStage(_Stage, nn.Sequential):
+    """A stage of timm's ResNet."""
+
+
+class RegulatedStage(_Stage):
     """The blocks of a stage as the time steps of one regulator cell, whose state starts at zero.
 
     Not an nn.Sequential, so that nothing takes it apart and runs its blocks without the state; indexing, length and
@@ -172,6 +224,11 @@ class RegulatedStage(nn.Module):
         weight = blocks[0].conv1.weight
         self.regulator = cell(weight.shape[0], device=weight.device, dtype=weight.dtype)
         self.grad_checkpointing = False
+
+    def reparameterize(self) -> None:
+        super().reparameterize()
+        if isinstance(self.regulator, RegulatorCell):
+            self.regulator = FoldedCell(self.regulator)
 
     def __len__(self) -> int:
         return len(self._modules) - 1

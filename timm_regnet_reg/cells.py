@@ -10,7 +10,15 @@ import torch.nn as nn
 from .equations import Kernels, State
 from .recompute import convgru, convlstm, convrnn
 
-__all__ = ['CELLS', 'ConvGRU', 'ConvLSTM', 'ConvRNN', 'RegulatorCell']
+__all__ = ['CELLS', 'ConvGRU', 'ConvLSTM', 'ConvRNN', 'FoldedCell', 'RegulatorCell']
+
+
+def _by_gate(K_x: torch.Tensor, K_h: torch.Tensor, bias: torch.Tensor, rows: int, channels: int) -> Kernels:
+    W: Kernels = []
+    for end in range(channels, rows + 1, channels):
+        start = end - channels
+        W += [K_x[start:end], K_h[start:end], bias[start:end]]
+    return W
 
 
 class RegulatorCell(nn.Module):
@@ -47,12 +55,8 @@ class RegulatorCell(nn.Module):
 
     def kernels(self) -> Kernels:
         """Each gate's kernel of X (N, 1, 3, 3), kernel of H (N, 1, 3, 3) and bias (N,), in the order of `gates`."""
-        K = self.pointwise * self.depthwise
-        W: Kernels = []
-        for end in range(self.channels, self.rows + 1, self.channels):
-            start = end - self.channels
-            W += [K[start:end, :1], K[start:end, 1:], self.bias[start:end]]
-        return W
+        K_x, K_h = self.pointwise[:, :1] * self.depthwise, self.pointwise[:, 1:] * self.depthwise
+        return _by_gate(K_x, K_h, self.bias, self.rows, self.channels)
 
     def forward(
             self,
@@ -89,6 +93,22 @@ class ConvLSTM(RegulatorCell):
     """i, f, o = σ(W_{i,f,o} * [X, H]);  g = tanh(W_g * [X, H]);  C' = f ⊙ C + i ⊙ g;  H' = o ⊙ tanh(C')"""
     gates = ('i', 'f', 'o', 'g')
     update = staticmethod(convlstm)
+
+
+class FoldedCell(nn.Module):
+    """What is left of a cell for inference: the kernels themselves, each the product of two, (G·N, 1, 3, 3)."""
+
+    def __init__(self, cell: RegulatorCell) -> None:
+        super().__init__()
+        self.channels = cell.channels
+        self.rows = cell.rows
+        self.K_x = nn.Parameter((cell.pointwise[:, :1] * cell.depthwise).detach())
+        self.K_h = nn.Parameter((cell.pointwise[:, 1:] * cell.depthwise).detach())
+        self.bias = cell.bias
+
+    def kernels(self) -> Kernels:
+        """As RegulatorCell.kernels."""
+        return _by_gate(self.K_x, self.K_h, self.bias, self.rows, self.channels)
 
 
 CELLS = {'convrnn': ConvRNN, 'convgru': ConvGRU, 'convlstm': ConvLSTM}

@@ -14,7 +14,7 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .blocks import REGULATED_BLOCKS, RegulatedStage, ZeroPadShortcut, ZeroShortcut
+from .blocks import REGULATED_BLOCKS, PlainStage, RegulatedStage, ZeroPadShortcut, ZeroShortcut, fold_batch_norms
 from .cells import CELLS
 
 __all__ = ['CifarRegulatedResNet', 'RegulatedResNet', 'regulate', 'start_at_identity']
@@ -78,11 +78,36 @@ class RegulatedResNet(ResNet):
                 block.downsample = ZeroPadShortcut(new_channels, block.stride)
 
     def _regulate(self, cell: str, stages: Sequence[int], norm_layer: Callable[..., nn.Module]) -> None:
-        for i in stages:
-            setattr(self, f'layer{i}', RegulatedStage(getattr(self, f'layer{i}'), CELLS[cell], norm_layer))
+        for i, stage in enumerate(self._stages(), start=1):
+            if i in stages:
+                setattr(self, f'layer{i}', RegulatedStage(stage, CELLS[cell], norm_layer))
+            else:
+                stage.__class__ = PlainStage
 
     def _stages(self) -> List[nn.Module]:
         return [getattr(self, f'layer{i + 1}') for i in range(self.num_stages)]
+
+    def reparameterize(self) -> None:
+        """Fold, in place, everything that is linear in evaluation mode; afterwards the network is for inference alone.
+
+        `timm.utils.reparameterize_model` folds a copy, and calls this method for a network inside another module. Of
+        the network that it is given itself it reaches the stages, and leaves the stem's BN as it is.
+        """
+        for stage in self._stages():
+            if isinstance(stage, (PlainStage, RegulatedStage)):  # and not what pruning puts there
+                stage.reparameterize()
+        fold_batch_norms(self)
+        self.eval()
+
+    def train(self, mode: bool = True) -> 'RegulatedResNet':
+        """As nn.Module.train.
+
+        Raises:
+            RuntimeError: Training mode for a reparameterised network, which stays as it is.
+        """
+        for stage in self._stages():  # first, so that one that refuses leaves nothing half done
+            stage.train(mode)
+        return super().train(mode)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
