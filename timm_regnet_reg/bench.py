@@ -553,7 +553,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--threads', type=_positive, metavar='N', help="CPU threads (default: torch's)")
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
     parser.add_argument(
-        '--compile', action='store_true', help='time plain and regulated networks compiled, too (each compiles for minutes)')
+        '--compile', action='store_true',
+        help='time plain and regulated networks compiled, too (each compiles for minutes)')
     parser.add_argument('--output', metavar='DIR', help='write every figure as CSV and a plot there (needs matplotlib)')
 
 
