@@ -287,7 +287,8 @@ def test_feature_extractors_give_the_intermediate_features(net, feature_cls, ind
                 actual = list(actual.values())
             assert len(actual) == len(expected)
             for i, (a, e) in enumerate(zip(actual, expected)):
-                assert torch.equal(a, e), i
+                # torch.fx traces the equations, which eager execution rounds in another order
+                assert_close(a, e, 1e-5 if feature_cls == 'fx' else 0, f'feature {i}')
     assert wrapper.feature_info.channels() == [e.shape[1] for e in expected]
     assert wrapper.feature_info.reduction() == [x.shape[2] // e.shape[2] for e in expected]
 
