@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import checkpoint
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from .cells import FoldedCell, RegulatorCell
 
@@ -227,6 +227,12 @@ class RegulatedStage(_Stage):
 
     def reparameterize(self) -> None:
         super().reparameterize()
+        for block in self:
+            bn = block.regulator_bn
+            if type(bn) is nn.BatchNorm2d:  # follows no convolution, but is itself less work as one
+                identity = nn.Conv2d(bn.num_features, bn.num_features, 1, groups=bn.num_features, bias=False)
+                nn.init.ones_(identity.weight)
+                block.regulator_bn = fuse_conv_bn_eval(identity.to(bn.weight).eval(), bn)
         if isinstance(self.regulator, RegulatorCell):
             self.regulator = FoldedCell(self.regulator)
 

@@ -56,7 +56,9 @@ class RegulatorCell(nn.Module):
     def kernels(self) -> Kernels:
         """Each gate's kernel of X (N, 1, 3, 3), kernel of H (N, 1, 3, 3) and bias (N,), in the order of `gates`."""
         K_x, K_h = self.pointwise[:, :1] * self.depthwise, self.pointwise[:, 1:] * self.depthwise
-        return _by_gate(K_x, K_h, self.bias, self.rows, self.channels)
+        # cloned, as a view of a parameter says that it requires a gradient even under no_grad, and torch's counter of
+        # operations, which meets the kernels as arguments of the blocks, then looks for one
+        return _by_gate(K_x, K_h, self.bias.clone(), self.rows, self.channels)
 
     def forward(
             self,
@@ -102,9 +104,9 @@ class FoldedCell(nn.Module):
         super().__init__()
         self.channels = cell.channels
         self.rows = cell.rows
-        self.K_x = nn.Parameter((cell.pointwise[:, :1] * cell.depthwise).detach())
-        self.K_h = nn.Parameter((cell.pointwise[:, 1:] * cell.depthwise).detach())
-        self.bias = cell.bias
+        self.K_x = nn.Parameter((cell.pointwise[:, :1] * cell.depthwise).detach(), requires_grad=False)
+        self.K_h = nn.Parameter((cell.pointwise[:, 1:] * cell.depthwise).detach(), requires_grad=False)
+        self.bias = nn.Parameter(cell.bias.detach(), requires_grad=False)
 
     def kernels(self) -> Kernels:
         """As RegulatorCell.kernels."""
