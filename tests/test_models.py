@@ -556,6 +556,8 @@ def test_compiles_to_machine_code(fresh_compiler):
 @pytest.mark.parametrize('net', ['cifar', 'cifar se pad', 'basic', 'bottleneck', 'bottleneck d'])
 def test_exports_for_any_batch_and_image_size(net):
     model = lively(net, layers=(2, 1, 1) if 'cifar' in net else TINY['layers'])
+    if 'cifar' not in net and torch.__version__ < (2, 14):
+        pytest.skip(f'torch {torch.__version__} exports pooling for either even or odd sizes')
     any_size = torch.export.Dim.AUTO
     exported = torch.export.export(model, (images(net),), dynamic_shapes=({0: any_size, 2: any_size, 3: any_size},))
     for batch, size in ((2, (64, 64)), (5, (65, 97)), (3, (80, 70))):
