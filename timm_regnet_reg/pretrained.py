@@ -38,6 +38,8 @@ def trained_cfgs() -> Dict[str, PretrainedCfg]:
             cfg, _, _ = load_model_config_from_path(config_file.parent)
             # as a plain file, so that `pretrained_cfg_overlay=dict(file=...)` does what it does for timm's own models
             cfg.update(file=str(config_file.with_name('model.safetensors')), source=None)
+            # JSON knows no tuples, which timm's cfgs hold
+            cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
             cfgs[config_file.parent.name] = PretrainedCfg(**cfg)
         except (ValueError, KeyError, TypeError) as error:
             raise RuntimeError(
