@@ -14,6 +14,7 @@ COMMANDS = {
     'classify': 'Print the most probable classes of images.',
     'package': 'Turn a checkpoint of train.py into a folder that timm and the Hub load.',
     'publish': 'Upload a packaged folder to the Hugging Face Hub.',
+    'export': 'Export a network to ONNX, and quantise it to int8.',
     'run': "Run one of timm's own scripts with these models registered.",
     'table': 'Print the table of models with their parameters and multiply-adds.',
     'bench': 'Measure throughput and memory beside the plain networks.',
