@@ -229,7 +229,8 @@ class RegulatedStage(_Stage):
         super().reparameterize()
         for block in self:
             bn = block.regulator_bn
-            if type(bn) is nn.BatchNorm2d and bn.running_mean is not None:  # follows no convolution, but is itself less work as one
+            # follows no convolution, and becomes one of its own: no batch norm is left for a runtime to deal with
+            if type(bn) is nn.BatchNorm2d and bn.running_mean is not None:
                 identity = nn.Conv2d(bn.num_features, bn.num_features, 1, groups=bn.num_features, bias=False)
                 nn.init.ones_(identity.weight)
                 block.regulator_bn = fuse_conv_bn_eval(identity.to(bn.running_mean).eval(), bn)
