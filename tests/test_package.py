@@ -16,7 +16,8 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.package import FILES, check_folder, file_sha256
+from timm_regnet_reg.package import FILES, check_folder
+from timm_regnet_reg.pretrained import file_sha256
 
 
 @pytest.fixture

@@ -55,7 +55,21 @@ class ZeroShortcut(nn.Module):
         return x.new_zeros(1)
 
 
-class RegulatedBasicBlock(BasicBlock):
+class _RegulatedBlock(nn.Module):
+    """What the two regulated blocks have in common."""
+
+    def add_shortcut(self, X: torch.Tensor, X1: torch.Tensor) -> torch.Tensor:
+        """The residual branch's X, after its attention and stochastic depth, plus the shortcut of the block's input."""
+        if self.se is not None:
+            X = self.se(X)
+        if self.drop_path is not None:
+            X = self.drop_path(X)
+        shortcut = X1 if self.downsample is None else self.downsample(X1)
+        X += shortcut
+        return X
+
+
+class RegulatedBasicBlock(_RegulatedBlock, BasicBlock):
     """timm's BasicBlock, regulated."""
 
     def forward(
@@ -81,16 +95,10 @@ class RegulatedBasicBlock(BasicBlock):
         H = self.regulator_act(self.regulator_bn(H))
         X3 = self.fusion_act(self.fusion_bn(self.fusion_conv(X2, H)))
         X4 = self.bn2(self.conv2(X3))
-        if self.se is not None:
-            X4 = self.se(X4)
-        if self.drop_path is not None:
-            X4 = self.drop_path(X4)
-        shortcut = X1 if self.downsample is None else self.downsample(X1)
-        X4 += shortcut
-        return self.act2(X4), H, C
+        return self.act2(self.add_shortcut(X4, X1)), H, C
 
 
-class RegulatedBottleneck(Bottleneck):
+class RegulatedBottleneck(_RegulatedBlock, Bottleneck):
     """timm's Bottleneck, regulated. Where the 3x3 strides, the cell reads X2 average-pooled to X3's size."""
 
     def forward(
@@ -107,13 +115,7 @@ class RegulatedBottleneck(Bottleneck):
         X3 = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(X2)))))
         X4 = self.fusion_act(self.fusion_bn(self.fusion_conv(X3, H)))
         X5 = self.bn3(self.conv3(X4))
-        if self.se is not None:
-            X5 = self.se(X5)
-        if self.drop_path is not None:
-            X5 = self.drop_path(X5)
-        shortcut = X1 if self.downsample is None else self.downsample(X1)
-        X5 += shortcut
-        return self.act3(X5), H, C
+        return self.act3(self.add_shortcut(X5, X1)), H, C
 
 
 REGULATED_BLOCKS = {BasicBlock: RegulatedBasicBlock, Bottleneck: RegulatedBottleneck}

@@ -48,14 +48,18 @@ class RegulatorCell(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Weights that keep the variance of what they sum, (He) without the gain of a ReLU; biases zero."""
+        """He's weights without the gain of a ReLU, which keep the variance of what they sum; biases zero."""
         nn.init.kaiming_normal_(self.pointwise, nonlinearity='linear')
         nn.init.kaiming_normal_(self.depthwise, nonlinearity='linear')
         nn.init.zeros_(self.bias)
 
+    def products(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The kernels of X and of H of all gates, each the product of a pointwise and a depthwise one, (G·N, 1, 3, 3)."""
+        return self.pointwise[:, :1] * self.depthwise, self.pointwise[:, 1:] * self.depthwise
+
     def kernels(self) -> Kernels:
         """Each gate's kernel of X (N, 1, 3, 3), kernel of H (N, 1, 3, 3) and bias (N,), in the order of `gates`."""
-        K_x, K_h = self.pointwise[:, :1] * self.depthwise, self.pointwise[:, 1:] * self.depthwise
+        K_x, K_h = self.products()
         # cloned, as a view of a parameter says that it requires a gradient even under no_grad, and torch's counter of
         # operations, which meets the kernels as arguments of the blocks, then looks for one
         return _by_gate(K_x, K_h, self.bias.clone(), self.rows, self.channels)
@@ -98,14 +102,15 @@ class ConvLSTM(RegulatorCell):
 
 
 class FoldedCell(nn.Module):
-    """What is left of a cell for inference: the kernels themselves, each the product of two, (G·N, 1, 3, 3)."""
+    """What is left of a cell for inference: the products of its kernels."""
 
     def __init__(self, cell: RegulatorCell) -> None:
         super().__init__()
         self.channels = cell.channels
         self.rows = cell.rows
-        self.K_x = nn.Parameter((cell.pointwise[:, :1] * cell.depthwise).detach(), requires_grad=False)
-        self.K_h = nn.Parameter((cell.pointwise[:, 1:] * cell.depthwise).detach(), requires_grad=False)
+        K_x, K_h = cell.products()
+        self.K_x = nn.Parameter(K_x.detach(), requires_grad=False)
+        self.K_h = nn.Parameter(K_h.detach(), requires_grad=False)
         self.bias = nn.Parameter(cell.bias.detach(), requires_grad=False)
 
     def kernels(self) -> Kernels:

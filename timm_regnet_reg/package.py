@@ -5,7 +5,6 @@ with label names and the weights' SHA-256), `model.safetensors` and `README.md` 
 scored on the data's validation split on the way, and the score goes into the card.
 """
 import argparse
-import hashlib
 import json
 import os
 import pickle
@@ -27,8 +26,9 @@ from tqdm import tqdm
 
 from . import __version__
 from .errors import UserError
+from .pretrained import file_sha256
 
-__all__ = ['FILES', 'Folder', 'Score', 'check_folder', 'file_sha256', 'model_card', 'save_folder', 'score']
+__all__ = ['FILES', 'Folder', 'Score', 'check_folder', 'model_card', 'save_folder', 'score']
 
 CONFIG, WEIGHTS, CARD = FILES = ('config.json', 'model.safetensors', 'README.md')
 TOP1, TOP5 = 'Top-1 accuracy', 'Top-5 accuracy'
@@ -61,14 +61,6 @@ class Folder(NamedTuple):
     config: Dict[str, Any]
     card: ModelCard
     model: torch.nn.Module
-
-
-def file_sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_checkpoint(path: str, use_ema: bool = False) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any], int]:

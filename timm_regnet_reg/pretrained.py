@@ -22,12 +22,21 @@ from timm.models._hub import load_model_config_from_path
 
 from .networks import RegulatedResNet, start_at_identity
 
-__all__ = ['WEIGHTS_FOLDER', 'filter_checkpoint', 'trained_cfgs', 'warm_start_cfgs', 'weights_of']
+__all__ = ['WEIGHTS_FOLDER', 'file_sha256', 'filter_checkpoint', 'trained_cfgs', 'warm_start_cfgs', 'weights_of']
 
 # in an installed package the folder lies inside it, in a checkout beside it
 WEIGHTS_FOLDER = Path(__file__).parent / 'pretrained_cfgs'
 if not WEIGHTS_FOLDER.is_dir():
     WEIGHTS_FOLDER = Path(__file__).parent.parent / 'pretrained_cfgs'
+
+
+def file_sha256(path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def trained_cfgs() -> Dict[str, PretrainedCfg]:
@@ -56,7 +65,7 @@ def warm_start_cfgs(name: str, backbone: str) -> Dict[str, PretrainedCfg]:
         name: Name of the regulated model.
         backbone: timm's name of the plain one.
     """
-    default = get_pretrained_cfg(backbone) if get_arch_pretrained_cfgs(backbone) else None
+    default = get_pretrained_cfg(backbone)
     cfgs = sorted(
         (cfg for cfg in get_arch_pretrained_cfgs(backbone).values() if cfg.has_weights),
         key=lambda cfg: cfg.tag != default.tag,
@@ -132,7 +141,7 @@ def _check_hash(cfg: PretrainedCfg, cache_dir: Optional[str]) -> None:
     if expected is None:
         return
     weights = Path(locate('model.safetensors'))
-    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    found = file_sha256(weights)
     if found != expected:
         raise RuntimeError(f'{weights} has SHA-256 {found}, its config says {expected}.')
 

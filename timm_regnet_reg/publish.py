@@ -16,7 +16,8 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import UserError
-from .package import FILES, Folder, check_folder, file_sha256
+from .package import FILES, Folder, check_folder
+from .pretrained import file_sha256
 
 __all__ = ['publish']
 

@@ -99,6 +99,9 @@ def _models() -> Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]]:
     return models
 
 
+MODELS = _models()
+
+
 def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: str) -> Callable[..., RegulatedResNet]:
     def create(pretrained: bool = False, **kwargs) -> RegulatedResNet:
         tag = kwargs.get('pretrained_cfg')
@@ -138,7 +141,7 @@ def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: s
 def _default_cfgs() -> Dict[str, DefaultCfg]:
     trained = trained_cfgs()
     cfgs = {}
-    for name, (model_class, model_args, cfg, _) in _models().items():
+    for name, (model_class, model_args, cfg, _) in MODELS.items():
         cfgs.update({key: value for key, value in trained.items() if key.startswith(f'{name}.')})
         if model_class is RegulatedResNet:
             cfgs.update(warm_start_cfgs(name, name.removeprefix('regnet_reg_').removesuffix(f'_{model_args["cell"]}')))
@@ -149,5 +152,5 @@ def _default_cfgs() -> Dict[str, DefaultCfg]:
 
 default_cfgs = _default_cfgs()
 
-for _name, (_model_class, _model_args, _, _doc) in _models().items():
+for _name, (_model_class, _model_args, _, _doc) in MODELS.items():
     globals()[_name] = register_model(_entrypoint(_name, _model_class, _model_args, _doc))

@@ -34,7 +34,8 @@ def count(model: nn.Module, *inputs: torch.Tensor) -> Tuple[int, int]:
         operations that torch's counter counts. They are those of the forward as it runs, in which the first block of a
         stage leaves out the state, which is zero there.
     """
-    # not under no_grad: there the counter, which follows the modules by hooks on gradients, stumbles over views
+    # not under no_grad: there the counter, which follows the modules by hooks on gradients, stumbles over parameters
+    # among their arguments, as the cells that `bench` compares with give them
     with FlopCounterMode(display=False) as counter:
         model(*inputs)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
