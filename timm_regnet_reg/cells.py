@@ -54,7 +54,7 @@ class RegulatorCell(nn.Module):
         nn.init.zeros_(self.bias)
 
     def products(self) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The kernels of X and of H of all gates, each the product of a pointwise and a depthwise one, (G·N, 1, 3, 3)."""
+        """All gates' kernels of X and of H, each a product of a pointwise and a depthwise one, (G·N, 1, 3, 3)."""
         return self.pointwise[:, :1] * self.depthwise, self.pointwise[:, 1:] * self.depthwise
 
     def kernels(self) -> Kernels:
