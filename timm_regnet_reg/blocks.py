@@ -15,6 +15,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from .cells import FoldedCell, RegulatorCell
+from .eager import fusion
 
 __all__ = ['Fusion', 'PlainStage', 'RegulatedBasicBlock', 'RegulatedBottleneck', 'RegulatedStage', 'ZeroPadShortcut',
            'ZeroShortcut', 'fold_batch_norms', 'regulate_block']
@@ -31,8 +32,7 @@ class Fusion(nn.Conv2d):
 
     def forward(self, X: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
         """X (B, N_X, height, width) and H (B, N_H, height, width) to (B, N_X, height, width)."""
-        W_X, W_H = self.weight[:, :self.X_channels], self.weight[:, self.X_channels:]
-        return F.conv2d(X, W_X, self.bias).add_(F.conv2d(H, W_H))
+        return fusion(X, H, self.weight[:, :self.X_channels], self.weight[:, self.X_channels:], self.bias)
 
 
 class ZeroPadShortcut(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from .equations import Kernels, State
-from .recompute import convgru, convlstm, convrnn
+from .eager import convgru, convlstm, convrnn
 
 __all__ = ['CELLS', 'ConvGRU', 'ConvLSTM', 'ConvRNN', 'FoldedCell', 'RegulatorCell']
 

@@ -12,7 +12,7 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ['Kernels', 'State', 'conv', 'convgru', 'convlstm', 'convrnn']
+__all__ = ['Kernels', 'State', 'conv', 'convgru', 'convlstm', 'convrnn', 'fusion']
 
 Kernels = List[torch.Tensor]  # gate by gate: kernel of X (N, 1, 3, 3), kernel of H (N, 1, 3, 3), bias (N,)
 State = Tuple[torch.Tensor, Optional[torch.Tensor]]  # H and C, (B, N, height, width) each
@@ -22,9 +22,7 @@ def conv(X: torch.Tensor, H: Optional[torch.Tensor], W: Kernels, gate: int) -> t
     """`W * [X, H]` of one gate, a new tensor (B, N, height, width); H = None is the zero state and costs nothing."""
     W_x, W_h, b = W[3 * gate], W[3 * gate + 1], W[3 * gate + 2]
     out = F.conv2d(X, W_x, b, padding=1, groups=W_x.shape[0])
-    if H is not None:
-        out = out.add_(F.conv2d(H, W_h, padding=1, groups=W_h.shape[0]))  # assigned, or torch.fx takes it for dead
-    return out
+    return out if H is None else out + F.conv2d(H, W_h, padding=1, groups=W_h.shape[0])
 
 
 def convrnn(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
@@ -49,3 +47,14 @@ def convlstm(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tenso
         f = torch.sigmoid(conv(X, H, W, 1))
         C_new = f * C + C_new
     return o * torch.tanh(C_new), C_new
+
+
+def fusion(
+        X: torch.Tensor,
+        H: torch.Tensor,
+        W_X: torch.Tensor,
+        W_H: torch.Tensor,
+        b: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """`W * [X, H]` with a 1x1 kernel, without the concatenation: X's share (N_X, N_X, 1, 1) and H's (N_X, N_H, 1, 1)."""
+    return F.conv2d(X, W_X, b) + F.conv2d(H, W_H)
