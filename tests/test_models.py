@@ -22,6 +22,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureInfo, group_parameters
 from timm.optim import param_groups_layer_decay
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_regnet_reg
 from timm_regnet_reg.blocks import RegulatedStage
@@ -476,6 +479,23 @@ def test_channels_last_is_kept_through_the_network(net):
         assert_close(grads[name], expected_grads[name], 1e-6, name)
 
 
+@pytest.mark.parametrize('net', ONE_OF_EACH)
+def test_every_way_to_run_counts_the_same_operations(net):
+    model, x = lively(net), images(net)
+    step, counts = {}, {}
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model, x = model.to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
+        for onednn in (True, False):
+            with torch.backends.mkldnn.flags(enabled=onednn), FlopCounterMode(display=False) as counter:
+                step[memory_format, onednn] = model(x)
+                step[memory_format, onednn].sum().backward()
+            counts[memory_format, onednn] = counter.get_total_flops()
+    assert len(set(counts.values())) == 1, counts
+    first, *others = step.values()
+    for other in others:
+        assert_close(other, first)
+
+
 @pytest.mark.parametrize('net', ['cifar', 'basic', 'bottleneck d', 'se groups'])
 def test_precisions(net):
     model = lively(net).double()
@@ -508,6 +528,49 @@ def test_device_and_dtype_arguments(net):
         assert model(images(net, dtype=dtype)).dtype == dtype
     model = create(net, device='meta')
     assert {t.device.type for t in model.state_dict().values()} == {'meta'}
+
+
+# torch.func and forward-mode derivatives
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('net', ONE_OF_EACH)
+def test_ensembles_run_as_one_network(net, memory_format):
+    models = [lively(net).to(memory_format=memory_format) for _ in range(2)]
+    with torch.no_grad():
+        for p in models[1].parameters():
+            p.mul_(0.9)
+    x = images(net).contiguous(memory_format=memory_format)
+    stateless = copy.deepcopy(models[0]).to('meta')
+    params, buffers = stack_module_state(models)
+    actual = vmap(lambda *state: functional_call(stateless, state, (x,)))(params, buffers)
+    for a, model in zip(actual, models):
+        assert_close(a, model(x))
+
+
+@pytest.mark.parametrize('net', ONE_OF_EACH)
+def test_gradients_of_each_image_by_torch_func(net):
+    model = lively(net).double()
+    x = images(net).double()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    per_image = vmap(grad(lambda p, image: functional_call(model, p, (image[None],)).square().sum()), in_dims=(None, 0))
+    actual = per_image(params, x)
+    for i, image in enumerate(x):
+        model.zero_grad()
+        model(image[None]).square().sum().backward()
+        for name, p in model.named_parameters():
+            assert_close(actual[name][i], p.grad, 1e-8, name)
+
+
+@pytest.mark.parametrize('net', ONE_OF_EACH)
+def test_forward_mode_derivatives(net):
+    model = lively(net).double()
+    x, v = images(net).double(), images(net, seed=1).double()
+    small = 1e-6
+    expected = (model(x + small * v) - model(x - small * v)) / (2 * small)
+    assert_close(jvp(model, (x,), (v,))[1], expected, 1e-4)
+    with torch.no_grad(), forward_ad.dual_level():
+        actual = forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))).tangent
+    assert_close(actual, expected, 1e-4)
 
 
 # Compilers and exporters

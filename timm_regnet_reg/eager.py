@@ -31,7 +31,7 @@ if onednn_add_conv_ not in flop_registry:
 
 
 def _onednn_adds(*xs: torch.Tensor) -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and all(
+    return not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and all(
         type(x) is torch.Tensor and x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         for x in xs)
@@ -223,21 +223,21 @@ def _graph_of_gradients(
 
 
 def _takes_equations(X: torch.Tensor) -> bool:
-    """Whether something looks on that has to see plain operations: a compiler, a tracer, torch.func or forward AD."""
+    """Whether something looks on that has to see plain operations: an exporter, a tracer, torch.func or forward AD."""
     return (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(X, torch.fx.Proxy)
+        torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(X, torch.fx.Proxy)
         or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
 
 
 def _with_autocast(function: Callable[..., Any], *args: OptTensor) -> Any:
-    """As autocast runs a convolution: in its type, if it is on for the tensors' device."""
+    """As autocast runs a convolution: in its type, if it is on for the tensors' device, and not in float64."""
     device = args[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return function(*args)
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        return function(*(x if x is None else x.to(dtype) for x in args))
+        return function(*(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in args))
 
 
 def _step(cell: Any, X: torch.Tensor, H: OptTensor, C: OptTensor, W: Kernels) -> State:
