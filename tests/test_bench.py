@@ -199,7 +199,7 @@ def test_scaling_exponent_is_that_of_a_power(exponent):
     assert bench.scaling_exponent(sizes, [3 * size ** exponent for size in sizes]) == pytest.approx(exponent)
 
 
-def test_scaling_varies_batch_pixels_and_depth(hasty, monkeypatch, tmp_path, capsys):
+def test_scaling_varies_batch_pixels_and_blocks(hasty, monkeypatch, tmp_path, capsys):
     pytest.importorskip('matplotlib')
 
     def step(model, x):  # instead of a network's
@@ -213,10 +213,10 @@ def test_scaling_varies_batch_pixels_and_depth(hasty, monkeypatch, tmp_path, cap
     for phase in ('train', 'inference'):
         sizes = {
             what: [int(r['size']) for r in records if (r['phase'], r['growing']) == (phase, what)]
-            for what in ('batch', 'pixels', 'depth')
+            for what in ('batch', 'pixels', 'blocks')
         }
         assert sizes == {
-            'batch': [2, 4, 8, 16], 'pixels': [32 ** 2, 48 ** 2, 64 ** 2, 96 ** 2], 'depth': [20, 32, 44, 56, 110],
+            'batch': [2, 4, 8, 16], 'pixels': [32 ** 2, 48 ** 2, 64 ** 2, 96 ** 2], 'blocks': [9, 15, 21, 27, 54],
         }
     assert capsys.readouterr().out.count('| train ') == 3
     assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')

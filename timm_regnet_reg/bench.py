@@ -2,7 +2,7 @@
 
     regnet-reg bench                                            # ResNet-20 and ResNet-50 and what regulates them
     regnet-reg bench --backbone resnet101 --batch-size 32 --output bench
-    regnet-reg bench --scaling                                  # time over batch, pixels and depth
+    regnet-reg bench --scaling                                  # time over batch, pixels and blocks
 
 A backbone is measured plain, regulated by each cell, and with two other regulators in the same place:
 
@@ -386,22 +386,22 @@ def scaling(
         repeats: int,
         device: torch.device,
 ) -> Dict[Tuple[str, str], List[Tuple[int, Contender]]]:
-    """Time the CIFAR network regulated by a ConvLSTM over batch size, pixels and depth.
+    """Time the CIFAR network regulated by a ConvLSTM over batch size, pixels and residual blocks.
 
     Args:
-        batch_size: The largest batch; pixels and depth are varied at a quarter of it.
-        image_size: Height and width of the smallest images, in pixels, at which batch and depth are varied.
+        batch_size: The largest batch; pixels and blocks are varied at a quarter of it.
+        image_size: Height and width of the smallest images, in pixels, at which batch and blocks are varied.
         repeats: How often each is timed.
         device: Where.
 
     Returns:
-        For each phase ('train', 'inference') and what varies ('batch', 'pixels', 'depth') the sizes and contenders.
+        For each phase ('train', 'inference') and what varies ('batch', 'pixels', 'blocks') the sizes and contenders.
     """
     torch.manual_seed(0)
     small = max(1, batch_size // 4)
     points = [('batch', batch, batch, image_size, 20) for batch in (max(1, batch_size // k) for k in (8, 4, 2, 1))]
     points += [('pixels', side ** 2, small, side, 20) for side in (image_size * k // 2 for k in (2, 3, 4, 6))]
-    points += [('depth', depth, small, image_size, depth) for depth in (20, 32, 44, 56, 110)]
+    points += [('blocks', (depth - 2) // 2, small, image_size, depth) for depth in (20, 32, 44, 56, 110)]
     models = [timm.create_model(f'regnet_reg_resnet{point[-1]}_convlstm', device=device) for point in points]
     results: Dict[Tuple[str, str], List[Tuple[int, Contender]]] = {}
     for phase, run in (('train', _train), ('inference', _infer)):
@@ -516,7 +516,7 @@ def _plot_scaling(path: Path, title: str, results: Dict[Tuple[str, str], List[Tu
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4.5), layout='constrained')
-    axes = dict(zip(('batch', 'pixels', 'depth'), figure.subplots(1, 3)))
+    axes = dict(zip(('batch', 'pixels', 'blocks'), figure.subplots(1, 3)))
     for (phase, what), points in results.items():
         sizes, seconds = _medians(points)
         axes[what].loglog(sizes, seconds, 'o-', label=f'{phase}, exponent {scaling_exponent(sizes, seconds):.2f}')
@@ -628,7 +628,7 @@ def _main_scaling(args: argparse.Namespace, device: torch.device, machine: str, 
         sizes, seconds = _medians(points)
         times = ', '.join(f'{size}: {1e3 * t:.1f}' for size, t in zip(sizes, seconds))
         rows.append([phase, what, times, f'{scaling_exponent(sizes, seconds):.3f}'])
-    print('\nregnet_reg_resnet20_convlstm, to resnet110 in depth\n')
+    print('\nregnet_reg_resnet20_convlstm; blocks: regnet_reg_resnet20_convlstm to regnet_reg_resnet110_convlstm\n')
     print(*_lines(['phase', 'growing', 'size: ms a step', 'exponent'], rows), sep='\n')
     if output is not None:
         _write_csv(output / 'scaling.csv', [
