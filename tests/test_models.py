@@ -22,8 +22,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureInfo, group_parameters
 from timm.optim import param_groups_layer_decay
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_regnet_reg
@@ -573,7 +575,80 @@ def test_forward_mode_derivatives(net):
     assert_close(actual, expected, 1e-4)
 
 
+@pytest.mark.parametrize('net', ONE_OF_EACH)
+def test_gradients_to_be_differentiated_are_the_same_gradients(net):
+    model = lively(net).double()
+    x, v = images(net).double().requires_grad_(), images(net, seed=1).double()
+    inputs = [x, *model.parameters()]
+
+    def gradients(x, **kwargs):
+        return torch.autograd.grad(model(x).square().sum(), inputs if x is inputs[0] else [x], **kwargs)
+
+    expected, actual = gradients(x), gradients(x, create_graph=True)
+    for e, a in zip(expected, actual):
+        assert_close(a, e, 1e-9)
+    small = 1e-6
+    nearby = [gradients((x + sign * small * v).detach().requires_grad_())[0] for sign in (1, -1)]
+    product, = torch.autograd.grad((actual[0] * v).sum(), [x])
+    assert_close(product, (nearby[0] - nearby[1]) / (2 * small), 1e-4)
+
+
+@pytest.mark.parametrize('net', ONE_OF_EACH)
+def test_many_gradients_at_once(net):
+    model, x = lively(net).double(), images(net, 1).double().requires_grad_()
+    logits = model(x)
+    each = torch.stack([torch.autograd.grad(logit, x, retain_graph=True)[0] for logit in logits[0]])
+    at_once, = torch.autograd.grad(logits, x, torch.eye(logits.shape[1]).double()[:, None], is_grads_batched=True)
+    assert_close(at_once, each, 1e-9)
+
+
+@pytest.mark.parametrize('net', ONE_OF_EACH)
+def test_backward_within_autocast(net):
+    model, x = lively(net), images(net)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    loss = model(x).square().sum()
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = torch.autograd.grad(loss, list(model.parameters()))
+    for (name, _), a, e in zip(model.named_parameters(), actual, expected):
+        assert a.dtype == torch.float32
+        assert_close(a, e, 0.05, name)
+
+
 # Compilers and exporters
+
+@pytest.mark.parametrize('net', ONE_OF_EACH)
+def test_runs_without_data(net):
+    with FakeTensorMode():
+        model, x = create(net), images(net)
+        logits = model(x)
+        logits.sum().backward()
+    assert logits.shape == (2, 7)
+    assert all(p.grad.shape == p.shape for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize('net', ONE_OF_EACH)
+def test_traced_operations_run_with_gradients(net):
+    model, x = lively(net), images(net)
+    traced = make_fx(model)(x)
+    assert_close(traced(x), model(x))
+    assert_close(torch.autograd.grad(traced(x.requires_grad_()).sum(), x)[0], torch.autograd.grad(model(x).sum(), x)[0])
+
+
+WITHOUT_ONEDNN = '''
+import torch
+get_operation = torch._C._jit_get_operation
+torch._C._jit_get_operation = lambda name: (None, []) if name.startswith('mkldnn::') else get_operation(name)
+torch.backends.mkldnn.is_available = lambda: False
+import timm, timm_regnet_reg
+model = timm.create_model('regnet_reg_resnet20_convlstm').to(memory_format=torch.channels_last)
+with torch.backends.mkldnn.flags(enabled=False):
+    model(torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)).sum().backward()
+'''
+
+
+def test_builds_of_torch_without_onednn_will_do():
+    subprocess.run([sys.executable, '-c', WITHOUT_ONEDNN], check=True, timeout=300)
+
 
 @pytest.fixture
 def fresh_compiler():

@@ -5,11 +5,13 @@ themselves. Sums of convolutions are added up inside of the convolutions where o
 done in place, and the backward passes are written out: a ConvLSTM's keeps three of its four gates and computes the
 fourth again, where autograd would keep all of them, the activations beside them, and the temporaries between.
 """
-from typing import Any, Callable, List, Optional, Tuple
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, List, Optional, Tuple
 
 import torch
 import torch.fx
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
 from . import equations
@@ -18,23 +20,27 @@ from .equations import Kernels, State
 __all__ = ['convgru', 'convlstm', 'convrnn', 'fusion']
 
 OptTensor = Optional[torch.Tensor]
-MINUS_ONE = torch.tensor(-1.0, device='cpu')
 Gates = Tuple[torch.Tensor, ...]  # what the backward pass keeps of a step besides its inputs and results
-onednn_add_conv_ = torch.ops.mkldnn._convolution_pointwise_  # torch.compile's own, for sums of convolutions
+# torch.compile's own, for sums of convolutions; not every build of torch has oneDNN
+onednn_add_conv_ = torch.ops.mkldnn._convolution_pointwise_ if torch.backends.mkldnn.is_available() else None
 sigmoid_backward = torch.ops.aten.sigmoid_backward
 tanh_backward = torch.ops.aten.tanh_backward
 
-if onednn_add_conv_ not in flop_registry:
+if onednn_add_conv_ is not None and onednn_add_conv_ not in flop_registry:
     @register_flop_formula(onednn_add_conv_)
     def _add_conv_flop(total_shape, x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
         return conv_flop_count(x_shape, w_shape, out_shape)
 
 
-def _onednn_adds(*xs: torch.Tensor) -> bool:
-    return not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and all(
-        type(x) is torch.Tensor and x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-        for x in xs)
+def _onednn_adds(out: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether oneDNN can add a convolution of x to out: plain float32 tensors on the CPU, channels last."""
+    if onednn_add_conv_ is None or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
+        return False
+    return all(
+        type(t) is torch.Tensor and t.device.type == 'cpu' and t.dtype == torch.float32 and t.numel() > 0
+        and t.is_contiguous(memory_format=torch.channels_last)
+        for t in (out, x)
+    )
 
 
 def add_conv_(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -56,7 +62,7 @@ def tanh(x: torch.Tensor, out: OptTensor = None) -> torch.Tensor:
     """tanh, as 2σ(2x) - 1 in float32 on the CPU, where torch's tanh takes ten times as long as its sigmoid."""
     if x.device.type == 'cpu' and x.dtype == torch.float32:
         s = torch.mul(x, 2, out=out).sigmoid_()
-        return torch.add(MINUS_ONE, s, alpha=2, out=s)
+        return torch.add(s.new_full((), -1), s, alpha=2, out=s)
     return torch.tanh(x, out=out)
 
 
@@ -197,12 +203,22 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, gH: OptTensor, gC: OptTensor, *_: None) -> Tuple[OptTensor, ...]:
         X, H, C, *rest = ctx.saved_tensors
         W, (H_new, C_new, *gates) = rest[:ctx.kernels], rest[ctx.kernels:]
-        if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
+        if torch.is_grad_enabled() or _batched(gH) or _batched(gC):  # to be differentiated in turn, or many at once
             return None, *_graph_of_gradients(ctx.cell.equations, X, H, C, W, gH, gC)
         if gH is None:
             gH = torch.zeros_like(X)
         dW: List[OptTensor] = [None] * len(W)
-        return (None, *ctx.cell.backward(X, H, C, H_new, C_new, gates, W, gH, gC, dW), *dW)
+        with _without_autocast(X.device.type):
+            return (None, *ctx.cell.backward(X, H, C, H_new, C_new, gates, W, gH, gC, dW), *dW)
+
+
+def _batched(g: OptTensor) -> bool:
+    return g is not None and not torch.compiler.is_compiling() and (
+        torch._C._functorch.is_batchedtensor(g) or torch._C._functorch.is_legacy_batchedtensor(g))
+
+
+def _without_autocast(device: str) -> ContextManager:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _graph_of_gradients(
@@ -214,20 +230,25 @@ def _graph_of_gradients(
         gH: OptTensor,
         gC: OptTensor,
 ) -> Tuple[OptTensor, ...]:
-    inputs = (X, H, C, *W)
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    results = [(y, g) for y, g in zip(update(X, H, C, W), (gH, gC)) if g is not None]
-    gradients = iter(torch.autograd.grad(
-        [y for y, _ in results], wanted, [g for _, g in results], create_graph=True, allow_unused=True))
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views, as X depends on H, and the gradient of X itself would go on to H's
+        inputs = [x if x is None else x.view_as(x) for x in (X, H, C, *W)]
+        wanted = [x for x in inputs if x is not None and x.requires_grad]
+        results = [(y, g) for y, g in zip(update(*inputs[:3], inputs[3:]), (gH, gC)) if g is not None]
+        gradients = iter(torch.autograd.grad(
+            [y for y, _ in results], wanted, [g for _, g in results], create_graph=differentiable, allow_unused=True))
     return tuple(next(gradients) if x is not None and x.requires_grad else None for x in inputs)
 
 
 def _takes_equations(X: torch.Tensor) -> bool:
     """Whether something looks on that has to see plain operations: an exporter, a tracer, torch.func or forward AD."""
-    return (
-        torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(X, torch.fx.Proxy)
-        or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
+    if (
+        torch.jit.is_tracing() or isinstance(X, torch.fx.Proxy) or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return True
+    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else get_proxy_mode() is not None
 
 
 def _with_autocast(function: Callable[..., Any], *args: OptTensor) -> Any:
@@ -236,7 +257,7 @@ def _with_autocast(function: Callable[..., Any], *args: OptTensor) -> Any:
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return function(*args)
     dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
+    with _without_autocast(device):
         return function(*(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in args))
 
 
@@ -244,10 +265,10 @@ def _step(cell: Any, X: torch.Tensor, H: OptTensor, C: OptTensor, W: Kernels) ->
     if _takes_equations(X):
         return cell.equations(X, H, C, W)
 
-    def step(X: torch.Tensor, H: OptTensor, C: OptTensor, *W: torch.Tensor) -> State:
+    def step(*args: OptTensor) -> State:
         if torch.is_grad_enabled():
-            H, C, *_ = _Step.apply(cell, X, H, C, *W)
-            return H, C
+            return _Step.apply(cell, *args)[:2]
+        X, H, C, *W = args
         return cell.forward(X, H, C, W, keep=False)[0]
 
     return _with_autocast(step, X, H, C, *W)

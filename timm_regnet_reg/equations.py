@@ -56,5 +56,5 @@ def fusion(
         W_H: torch.Tensor,
         b: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    """`W * [X, H]` with a 1x1 kernel, without the concatenation: X's share (N_X, N_X, 1, 1) and H's (N_X, N_H, 1, 1)."""
+    """`W * [X, H]` with a 1x1 kernel in two parts, (N_X, N_X, 1, 1) for X and (N_X, N_H, 1, 1) for H."""
     return F.conv2d(X, W_X, b) + F.conv2d(H, W_H)
