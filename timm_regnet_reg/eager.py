@@ -1,9 +1,10 @@
 """The cells' time step and the fusion for eager execution, with fewer passes over memory.
 
-What they compute is what `equations` says; whatever traces, compiles or differentiates twice takes those equations
-themselves. Sums of convolutions are added up inside of the convolutions where oneDNN can do it, elementwise work is
-done in place, and the backward passes are written out: a ConvLSTM's keeps three of its four gates and computes the
-fourth again, where autograd would keep all of them, the activations beside them, and the temporaries between.
+What they compute is what `equations` says; whatever exports, traces, transforms or differentiates twice takes those
+equations themselves. Sums of convolutions are added up inside of the convolutions where oneDNN can do it, elementwise
+work is done in place, and the backward passes are written out: a ConvLSTM's keeps three of its four gates and computes
+the fourth again, where autograd would keep all of them, the activations beside them, and the temporaries between.
+torch.compile compiles both passes as they are written here.
 """
 from contextlib import nullcontext
 from typing import Any, Callable, ContextManager, List, Optional, Tuple
