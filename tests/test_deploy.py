@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from test_equations import randomize
+from test_equations import enliven
 from timm.layers import BlurPool2d
 from timm.utils import reparameterize_model
 
@@ -46,9 +46,7 @@ with_onnx = pytest.mark.skipif(
 
 def lively(name, **kwargs):
     """A network in evaluation mode none of whose layers is at its neutral start."""
-    model = timm.create_model(name, **kwargs)
-    model.load_state_dict(randomize(copy.deepcopy(model)).state_dict())  # not the fixed kernel of a blur, say
-    return model.eval()
+    return enliven(timm.create_model(name, **kwargs))
 
 
 @pytest.fixture(params=NETS)

@@ -49,6 +49,12 @@ def randomize(module, seed=0):
     return module
 
 
+def enliven(model):
+    """The model in evaluation mode, none of its layers at its neutral start any more."""
+    model.load_state_dict(randomize(copy.deepcopy(model)).state_dict())  # not the fixed kernel of a blur, say
+    return model.eval()
+
+
 def random_image(*shape, seed=1):
     """Float64, with values that float32 has too."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()

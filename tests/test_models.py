@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from test_equations import randomize
+from test_equations import enliven
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureInfo, group_parameters
 from timm.optim import param_groups_layer_decay
@@ -165,9 +165,7 @@ def create(net, **kwargs):
 
 def lively(net, **kwargs):
     """A network in evaluation mode none of whose layers is at its neutral start."""
-    model = create(net, **kwargs)
-    model.load_state_dict(randomize(copy.deepcopy(model)).state_dict())  # not the fixed kernel of a blur, say
-    return model.eval()
+    return enliven(create(net, **kwargs))
 
 
 def images(net, batch=2, size=None, channels=3, seed=0, **kwargs):

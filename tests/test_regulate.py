@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from test_equations import randomize
+from test_equations import enliven
 from timm.models import ResNet
 
 from timm_regnet_reg import regulate
@@ -55,9 +55,7 @@ BACKBONES = {
 def backbone(kind, **kwargs):
     """With random weights and statistics that leave no layer at its neutral start."""
     name, model_kwargs = BACKBONES[kind]
-    model = timm.create_model(name, **dict(model_kwargs, **kwargs))
-    model.load_state_dict(randomize(copy.deepcopy(model)).state_dict())  # not the fixed kernel of a blur
-    return model.eval()
+    return enliven(timm.create_model(name, **dict(model_kwargs, **kwargs)))
 
 
 def images(model, batch=2):

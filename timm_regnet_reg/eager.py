@@ -205,7 +205,7 @@ class _Step(torch.autograd.Function):
         X, H, C, *rest = ctx.saved_tensors
         W, (H_new, C_new, *gates) = rest[:ctx.kernels], rest[ctx.kernels:]
         if torch.is_grad_enabled() or _batched(gH) or _batched(gC):  # to be differentiated in turn, or many at once
-            return None, *_graph_of_gradients(ctx.cell.equations, X, H, C, W, gH, gC)
+            return None, *_gradients_by_equations(ctx.cell.equations, X, H, C, W, gH, gC)
         if gH is None:
             gH = torch.zeros_like(X)
         dW: List[OptTensor] = [None] * len(W)
@@ -222,7 +222,7 @@ def _without_autocast(device: str) -> ContextManager:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _graph_of_gradients(
+def _gradients_by_equations(
         update: Callable[..., State],
         X: torch.Tensor,
         H: OptTensor,
@@ -231,6 +231,7 @@ def _graph_of_gradients(
         gH: OptTensor,
         gC: OptTensor,
 ) -> Tuple[OptTensor, ...]:
+    """Gradients of X, H, C and W through an update of `equations`; differentiable in turn if gradients are enabled."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # views, as X depends on H, and the gradient of X itself would go on to H's
