@@ -1,4 +1,5 @@
 """Fixtures that several test files share: a local Hub, a tiny image folder, a checkpoint of train.py, its package."""
+
 import argparse
 from types import SimpleNamespace
 
@@ -39,8 +40,20 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')
     model, ema = (_stirred(seed) for seed in (1, 2))
     args = argparse.Namespace(
-        model=MODEL, num_classes=3, in_chans=None, input_size=None, gp=None, model_kwargs={}, epochs=3, seed=7,
-        opt='sgd', lr=0.1, smoothing=0.0, device='cuda:0', data_dir='/where/it/ran', world_size=1,
+        model=MODEL,
+        num_classes=3,
+        in_chans=None,
+        input_size=None,
+        gp=None,
+        model_kwargs={},
+        epochs=3,
+        seed=7,
+        opt='sgd',
+        lr=0.1,
+        smoothing=0.0,
+        device='cuda:0',
+        data_dir='/where/it/ran',
+        world_size=1,
         device_modules=['timm_regnet_reg'],
     )
     saver = timm.utils.CheckpointSaver(
@@ -51,10 +64,11 @@ def trained(tmp_path_factory):
         unwrap_fn=lambda module: module,
         checkpoint_dir=str(folder),
     )
-    saver.save_checkpoint(2, metric=50.)
+    saver.save_checkpoint(2, metric=50.0)
     (folder / 'recipe.yaml').write_text(RECIPE)
     return SimpleNamespace(
-        checkpoint=str(folder / 'model_best.pth.tar'), recipe=str(folder / 'recipe.yaml'), model=model, ema=ema)
+        checkpoint=str(folder / 'model_best.pth.tar'), recipe=str(folder / 'recipe.yaml'), model=model, ema=ema
+    )
 
 
 def _stirred(seed):
@@ -72,8 +86,27 @@ def _stirred(seed):
 def packaged(trained, image_folder, tmp_path_factory):
     """The folder that `package` makes of `trained`. Not to be changed: copy it first."""
     output = tmp_path_factory.mktemp('packaged')
-    assert main([
-        'package', trained.checkpoint, '--model', MODEL, '--tag', 'tiny', '--data-dir', str(image_folder),
-        '--data-name', '12 images of noise', '--recipe', trained.recipe, '--output', str(output), '--workers', '0',
-    ]) == 0
+    assert (
+        main(
+            [
+                'package',
+                trained.checkpoint,
+                '--model',
+                MODEL,
+                '--tag',
+                'tiny',
+                '--data-dir',
+                str(image_folder),
+                '--data-name',
+                '12 images of noise',
+                '--recipe',
+                trained.recipe,
+                '--output',
+                str(output),
+                '--workers',
+                '0',
+            ]
+        )
+        == 0
+    )
     return output / f'{MODEL}.tiny'

@@ -12,6 +12,7 @@ Repositories are private or public, hold commits, branches and pull requests, an
 In the test's own process the client then talks to the server, with the owner's token. A subprocess gets
 `env=hub.env(cache=folder)`. What the server answers follows the client's own source and the Hub's documented API.
 """
+
 import base64
 import hashlib
 import json
@@ -31,7 +32,17 @@ LFS_SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt')  # what the Hub's default
 GITATTRIBUTES = b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n'
 FAULTS = ('drop', '500', 'corrupt')
 STEPS = (
-    'info', 'create', 'delete', 'yaml', 'preupload', 'batch', 'upload', 'commit', 'answer', 'tree', 'read',
+    'info',
+    'create',
+    'delete',
+    'yaml',
+    'preupload',
+    'batch',
+    'upload',
+    'commit',
+    'answer',
+    'tree',
+    'read',
     'discussion',
 )
 
@@ -119,7 +130,7 @@ class HubServer:
             for name, repo in self.repos.items()
         }
 
-    def fault(self, kind: str, step: str = 'upload', times: int = 10 ** 6, skip: int = 0) -> None:
+    def fault(self, kind: str, step: str = 'upload', times: int = 10**6, skip: int = 0) -> None:
         """Makes a step fail so many times, after it has worked `skip` times.
 
         Args:
@@ -248,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repo, oid
 
     def create(self) -> None:
-        repo_id = f"{self.json['organization']}/{self.json['name']}"
+        repo_id = f'{self.json["organization"]}/{self.json["name"]}'
         if self.writable() is None:
             return self.error(401, '', 'Invalid username or password.')
         if self.json['organization'] not in self.writable():
@@ -260,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {'url': f'{self.hub.endpoint}/{repo_id}'})
 
     def delete(self) -> None:
-        repo_id = f"{self.json['organization']}/{self.json['name']}"
+        repo_id = f'{self.json["organization"]}/{self.json["name"]}'
         if self.repo(repo_id, write=True):
             del self.hub.repos[repo_id]
             self.answer(200)
@@ -292,19 +303,27 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo(repo_id, write=True)
         if repo:
             files = repo.commits[repo.resolve(revision)]
-            self.answer(200, {'files': [{
-                'path': path,
-                'uploadMode': 'lfs' if path.endswith(LFS_SUFFIXES) else 'regular',
-                'shouldIgnore': False,
-                'oid': files[path].etag if path in files else None,
-            } for path in (file['path'] for file in self.json['files'])]})
+            self.answer(
+                200,
+                {
+                    'files': [
+                        {
+                            'path': path,
+                            'uploadMode': 'lfs' if path.endswith(LFS_SUFFIXES) else 'regular',
+                            'shouldIgnore': False,
+                            'oid': files[path].etag if path in files else None,
+                        }
+                        for path in (file['path'] for file in self.json['files'])
+                    ]
+                },
+            )
 
     def batch(self, repo_id: str) -> None:
         if self.repo(repo_id):
             objects = []
             for item in self.json['objects']:
                 if item['oid'] not in self.hub.lfs:
-                    href = f"{self.hub.endpoint}/lfs/{item['oid']}"
+                    href = f'{self.hub.endpoint}/lfs/{item["oid"]}'
                     item = {**item, 'actions': {'upload': {'href': href}}}
                 objects.append(item)
             self.answer(200, {'transfer': 'basic', 'objects': objects})
@@ -331,7 +350,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value['path']] = File(base64.b64decode(value['content']), False)
             elif operation['key'] == 'lfsFile':
                 if value['oid'] not in self.hub.lfs:
-                    return self.error(400, '', f"LFS file {value['path']} was never uploaded")
+                    return self.error(400, '', f'LFS file {value["path"]} was never uploaded')
                 files[value['path']] = File(self.hub.lfs[value['oid']], True)
             else:
                 assert operation['key'] == 'deletedFile', operation['key']
@@ -367,7 +386,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers.update({'ETag': f'"{file.etag}"', 'Accept-Ranges': 'bytes'})
         if self.fault == 'corrupt':
             middle = len(data) // 2
-            send = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
+            send = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         elif self.fault == 'drop':
             send = b''
         self.answer(200, data, headers, send)
@@ -403,7 +422,8 @@ def hub(monkeypatch, tmp_path):
     server = HubServer()
     monkeypatch.setattr(constants, 'ENDPOINT', server.endpoint)
     monkeypatch.setattr(
-        constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.endpoint + '/{repo_id}/resolve/{revision}/{filename}')
+        constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.endpoint + '/{repo_id}/resolve/{revision}/{filename}'
+    )
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub_cache'))
     monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'no_token'))
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)

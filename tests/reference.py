@@ -7,6 +7,7 @@ Only the names of the parameters are the package's. A state dict is a flat mappi
 
 `cell` is also the naive regulator that `bench` times: two convolutions per gate, as the text has them.
 """
+
 from typing import Dict, Optional, Sequence, Tuple
 
 import torch
@@ -24,17 +25,18 @@ GATES = {
 
 def within(sd: StateDict, prefix: str) -> StateDict:
     """The entries of `sd` below `prefix`, with the prefix taken off; the tensors are shared."""
-    return {key[len(prefix) + 1:]: value for key, value in sd.items() if key.startswith(prefix + '.')}
+    return {key[len(prefix) + 1 :]: value for key, value in sd.items() if key.startswith(prefix + '.')}
 
 
 # Cells
 
+
 def cell(
-        kind: str,
-        params: StateDict,
-        X: Tensor,
-        H: Optional[Tensor] = None,
-        C: Optional[Tensor] = None,
+    kind: str,
+    params: StateDict,
+    X: Tensor,
+    H: Optional[Tensor] = None,
+    C: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """One step of a regulator cell.
 
@@ -53,7 +55,7 @@ def cell(
     def W(name: str, X: Tensor, H: Tensor) -> Tensor:
         """W_name * [X, H] plus its bias: N groups (X_c, H_c) -> 1, then a 3x3 kernel on each channel."""
         start = GATES[kind].index(name) * N
-        pointwise, depthwise, bias = (params[key][start:start + N] for key in ('pointwise', 'depthwise', 'bias'))
+        pointwise, depthwise, bias = (params[key][start : start + N] for key in ('pointwise', 'depthwise', 'bias'))
         interleaved = torch.stack([X, H], dim=2).flatten(1, 2)  # X_0, H_0, X_1, H_1, …
         fused = F.conv2d(interleaved, pointwise, groups=N)
         return F.conv2d(fused, depthwise, bias, padding=1, groups=N)
@@ -80,6 +82,7 @@ def cell(
 
 
 # Layers
+
 
 def conv(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
     """Convolution without bias that keeps the size at stride 1; the weight's shape gives the groups."""
@@ -140,21 +143,22 @@ def add_shortcut(sd: StateDict, X1: Tensor, X: Tensor, stride: int, shortcut: st
         # the papers don't say on which side the zeros go; half on each is what CIFAR ResNets in PyTorch do
         before = (X.shape[1] - X1.shape[1]) // 2
         widened = torch.zeros_like(X)
-        widened[:, before:before + X1.shape[1]] = X1[:, :, ::stride, ::stride]
+        widened[:, before : before + X1.shape[1]] = X1[:, :, ::stride, ::stride]
         X1 = widened
     return X1 + X
 
 
 # Blocks
 
+
 def regulate(
-        sd: StateDict,
-        kind: str,
-        cell_params: StateDict,
-        X2: Tensor,
-        H: Optional[Tensor],
-        C: Optional[Tensor],
-        training: bool,
+    sd: StateDict,
+    kind: str,
+    cell_params: StateDict,
+    X2: Tensor,
+    H: Optional[Tensor],
+    C: Optional[Tensor],
+    training: bool,
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """H = ReLU(BN(cell(X2, state))), which the block uses and hands on; C is handed on as it is."""
     H, C = cell(kind, cell_params, X2, H, C)
@@ -162,17 +166,17 @@ def regulate(
 
 
 def basic_block(
-        sd: StateDict,
-        X1: Tensor,
-        kind: Optional[str] = None,
-        cell_params: Optional[StateDict] = None,
-        H: Optional[Tensor] = None,
-        C: Optional[Tensor] = None,
-        stride: int = 1,
-        first_dilation: int = 1,
-        dilation: int = 1,
-        shortcut: str = 'conv',
-        training: bool = False,
+    sd: StateDict,
+    X1: Tensor,
+    kind: Optional[str] = None,
+    cell_params: Optional[StateDict] = None,
+    H: Optional[Tensor] = None,
+    C: Optional[Tensor] = None,
+    stride: int = 1,
+    first_dilation: int = 1,
+    dilation: int = 1,
+    shortcut: str = 'conv',
+    training: bool = False,
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     """Basic block, plain when `kind` is None: (B, channels, height, width) and state -> output and state."""
     X2 = conv(X1, sd['conv1.weight'], stride, first_dilation)
@@ -189,17 +193,17 @@ def basic_block(
 
 
 def bottleneck(
-        sd: StateDict,
-        X1: Tensor,
-        kind: Optional[str] = None,
-        cell_params: Optional[StateDict] = None,
-        H: Optional[Tensor] = None,
-        C: Optional[Tensor] = None,
-        stride: int = 1,
-        first_dilation: int = 1,
-        dilation: int = 1,
-        shortcut: str = 'conv',
-        training: bool = False,
+    sd: StateDict,
+    X1: Tensor,
+    kind: Optional[str] = None,
+    cell_params: Optional[StateDict] = None,
+    H: Optional[Tensor] = None,
+    C: Optional[Tensor] = None,
+    stride: int = 1,
+    first_dilation: int = 1,
+    dilation: int = 1,
+    shortcut: str = 'conv',
+    training: bool = False,
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     """Bottleneck, plain when `kind` is None; its one 3x3 convolution takes the stride and the first dilation."""
     X2 = torch.relu(batch_norm(within(sd, 'bn1'), conv(X1, sd['conv1.weight']), training))
@@ -218,16 +222,17 @@ def bottleneck(
 
 # Stages and networks
 
+
 def stage(
-        sd: StateDict,
-        x: Tensor,
-        depth: int,
-        kind: Optional[str] = None,
-        stride: int = 1,
-        first_dilation: int = 1,
-        dilation: int = 1,
-        shortcut: str = 'conv',
-        training: bool = False,
+    sd: StateDict,
+    x: Tensor,
+    depth: int,
+    kind: Optional[str] = None,
+    stride: int = 1,
+    first_dilation: int = 1,
+    dilation: int = 1,
+    shortcut: str = 'conv',
+    training: bool = False,
 ) -> Tensor:
     """`depth` blocks that share one cell, whose state starts at zero; plain when `kind` is None."""
     block = bottleneck if '0.conv3.weight' in sd else basic_block
@@ -250,15 +255,15 @@ def stage(
 
 
 def network(
-        sd: StateDict,
-        x: Tensor,
-        depths: Sequence[int],
-        kind: Optional[str] = None,
-        regulated_stages: Optional[Sequence[int]] = None,
-        form: str = 'imagenet',
-        output_stride: int = 32,
-        shortcut: str = 'conv',
-        training: bool = False,
+    sd: StateDict,
+    x: Tensor,
+    depths: Sequence[int],
+    kind: Optional[str] = None,
+    regulated_stages: Optional[Sequence[int]] = None,
+    form: str = 'imagenet',
+    output_stride: int = 32,
+    shortcut: str = 'conv',
+    training: bool = False,
 ) -> Tensor:
     """Images (B, channels, height, width) -> logits.
 
@@ -300,6 +305,7 @@ def network(
 
 
 # ResNeXt's three forms of one block (before the shortcut; `cardinality` branches; evaluation mode)
+
 
 def resnext_branches(sd: StateDict, x: Tensor, cardinality: int) -> Tensor:
     """A sum of branches, each with its own 1x1, 3x3 and 1x1."""

@@ -1,4 +1,5 @@
 """`bench` on tiny inputs: what it compares, counts and writes; never how long anything takes."""
+
 import csv
 import sys
 
@@ -9,9 +10,9 @@ import torch.nn.functional as F
 from reference import cell as reference_cell
 from tqdm import tqdm
 
-from timm_regnet_reg import bench
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.cells import ConvRNN
+from timm_regnet_reg.commands import bench
 
 MODELS = ['plain', 'convrnn', 'convgru', 'convlstm', 'naive convlstm', 'dense convrnn']
 CPU = torch.device('cpu')
@@ -20,7 +21,7 @@ CPU = torch.device('cpu')
 @pytest.fixture
 def hasty(monkeypatch):
     """No step is timed more than once a repeat."""
-    monkeypatch.setattr(bench, 'SHORTEST', 0.)
+    monkeypatch.setattr(bench, 'SHORTEST', 0.0)
 
 
 @pytest.fixture(scope='module')
@@ -103,7 +104,7 @@ def test_regulators_alone_read_what_they_read_in_the_network():
 
 
 def test_peak_memory_is_the_most_held_at_a_time():
-    MiB = 2 ** 18  # float32 elements
+    MiB = 2**18  # float32 elements
 
     def step():
         a = torch.empty(3 * MiB)
@@ -115,7 +116,7 @@ def test_peak_memory_is_the_most_held_at_a_time():
 
     held = torch.empty(MiB)
     for _ in range(2):
-        assert bench.peak_memory(step, CPU) == 8 * 2 ** 20
+        assert bench.peak_memory(step, CPU) == 8 * 2**20
     del held
 
 
@@ -140,7 +141,7 @@ def test_repeats_are_interleaved(hasty):
 
 
 def test_short_steps_are_timed_several_at_once(monkeypatch):
-    monkeypatch.setattr(bench, 'SHORTEST', 1.)
+    monkeypatch.setattr(bench, 'SHORTEST', 1.0)
     monkeypatch.setattr(bench.Contender, 'time', lambda self: 0.3)
     c = bench.Contender('a', torch.nn.Identity(), lambda model, x: None, [torch.zeros(1, 1, 1, 1)])
     c.warm_up()
@@ -162,7 +163,15 @@ def test_bench_prints_tables_and_writes_every_figure(hasty, monkeypatch, tmp_pat
     regulators = ['dense convrnn', 'naive convlstm', 'convrnn', 'convgru', 'convlstm']
     names = [row[0] for row in rows if not row[0].startswith(':-')]
     assert names == [
-        'network', *MODELS, *compiled, 'network', *MODELS, *folded, *compiled, 'network', *regulators,
+        'network',
+        *MODELS,
+        *compiled,
+        'network',
+        *MODELS,
+        *folded,
+        *compiled,
+        'network',
+        *regulators,
     ]
     assert rows[2][:2] == ['plain', '0.272']
     assert rows[2][5] == '1.00 (1.00–1.00)'
@@ -176,7 +185,7 @@ def test_bench_prints_tables_and_writes_every_figure(hasty, monkeypatch, tmp_pat
     for r in records:
         expected = 'dense convrnn' if r['phase'] == 'regulators' else 'plain'
         if ', ' in r['network']:
-            expected += r['network'][r['network'].index(', '):]
+            expected += r['network'][r['network'].index(', ') :]
         assert r['reference'] == expected
         own, reference = seconds[r['phase'], r['network'], r['repeat']], seconds[r['phase'], expected, r['repeat']]
         assert float(r['ratio']) == pytest.approx(reference / own)
@@ -193,10 +202,10 @@ def test_checkpointing_is_measured_and_switched_off_again(models):
     assert not any(getattr(m, 'grad_checkpointing', False) for m in models['convlstm'].modules())
 
 
-@pytest.mark.parametrize('exponent', [0.5, 1., 2.])
+@pytest.mark.parametrize('exponent', [0.5, 1.0, 2.0])
 def test_scaling_exponent_is_that_of_a_power(exponent):
     sizes = [1, 2, 5, 30]
-    assert bench.scaling_exponent(sizes, [3 * size ** exponent for size in sizes]) == pytest.approx(exponent)
+    assert bench.scaling_exponent(sizes, [3 * size**exponent for size in sizes]) == pytest.approx(exponent)
 
 
 def test_scaling_varies_batch_pixels_and_blocks(hasty, monkeypatch, tmp_path, capsys):
@@ -216,7 +225,9 @@ def test_scaling_varies_batch_pixels_and_blocks(hasty, monkeypatch, tmp_path, ca
             for what in ('batch', 'pixels', 'blocks')
         }
         assert sizes == {
-            'batch': [2, 4, 8, 16], 'pixels': [32 ** 2, 48 ** 2, 64 ** 2, 96 ** 2], 'blocks': [9, 15, 21, 27, 54],
+            'batch': [2, 4, 8, 16],
+            'pixels': [32**2, 48**2, 64**2, 96**2],
+            'blocks': [9, 15, 21, 27, 54],
         }
     assert capsys.readouterr().out.count('| train ') == 3
     assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
@@ -249,11 +260,14 @@ def test_missing_matplotlib_is_told(tmp_path, monkeypatch, capsys):
     assert 'pip install "timm-regnet-reg[bench]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('arguments', [
-    ['--repeats', '0'],
-    ['--batch-size', '-1'],
-    ['--scaling', '--backbone', 'resnet20'],
-])
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['--repeats', '0'],
+        ['--batch-size', '-1'],
+        ['--scaling', '--backbone', 'resnet20'],
+    ],
+)
 def test_senseless_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
         main(['bench', *arguments])

@@ -1,4 +1,5 @@
 """`classify`: the classes that the network really gives, of whatever can be an image, and an error for all the rest."""
+
 import json
 import threading
 from functools import partial
@@ -11,19 +12,21 @@ import torch
 from conftest import CLASSES, MODEL
 from PIL import Image
 
-from timm_regnet_reg import classify as command
 from timm_regnet_reg.__main__ import main
-from timm_regnet_reg.classify import class_labels, load_model, predict, read_image
+from timm_regnet_reg.commands import classify as command
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.pretrained import WEIGHTS_FOLDER
+from timm_regnet_reg.support.inference import class_labels, load_model, predict, read_image
 
 
 @pytest.fixture
 def classify(packaged, capsys):
     """Runs the command. Returns exit code, stdout and stderr."""
+
     def run(*args, model=f'local-dir:{packaged}'):
         code = main(['classify', *map(str, args), *(['--model', model] if model else [])])
         return code, *capsys.readouterr()
+
     return run
 
 
@@ -110,10 +113,13 @@ def test_url(classify, photo, server):
     assert by_url['predictions'] == by_path['predictions']
 
 
-@pytest.mark.parametrize('page, message', [
-    ('missing.png', 'could not be fetched (HTTP Error 404'),
-    ('page.html', 'is not an image'),
-])
+@pytest.mark.parametrize(
+    'page, message',
+    [
+        ('missing.png', 'could not be fetched (HTTP Error 404'),
+        ('page.html', 'is not an image'),
+    ],
+)
 def test_url_without_an_image_is_named(page, message, classify, server):
     code, out, err = classify(f'{server}/{page}')
     assert (code, out) == (1, '')
@@ -149,14 +155,17 @@ def _empty_folder(path, photo):
     (path / 'notes.txt').touch()
 
 
-@pytest.mark.parametrize('make, message', [
-    (_text, 'is not an image'),
-    (_truncated, 'cannot be read as an image'),
-    (_flipped, 'cannot be read as an image'),
-    (_empty, 'is not an image'),
-    (_empty_folder, 'holds no images'),
-    (lambda path, photo: None, 'no such file or folder'),
-])
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (_text, 'is not an image'),
+        (_truncated, 'cannot be read as an image'),
+        (_flipped, 'cannot be read as an image'),
+        (_empty, 'is not an image'),
+        (_empty_folder, 'holds no images'),
+        (lambda path, photo: None, 'no such file or folder'),
+    ],
+)
 def test_bad_image_among_good_ones_is_named_before_any_output(make, message, classify, photo, tmp_path):
     bad = tmp_path / 'bad.png'
     make(bad, photo)
@@ -172,7 +181,7 @@ def test_every_mode_of_image(mode, packaged):
 
 
 def test_network_of_one_channel_sees_the_image_in_grey(photo):
-    overlay = dict(input_size=(1, 32, 32), mean=(.5,), std=(.2,))
+    overlay = dict(input_size=(1, 32, 32), mean=(0.5,), std=(0.2,))
     model = timm.create_model(MODEL, in_chans=1, pretrained_cfg_overlay=overlay).eval()
     image = read_image(str(photo))
     assert predict(model, [image]) == predict(model, [image.convert('L')])
@@ -199,15 +208,18 @@ def test_topk_below_one_is_refused(classify, photo, capsys):
     assert '--topk: 0 was given, expected 1 or more' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('model, messages', [
-    ('regnet_reg_resnet20_convltsm', ['is not a model', 'Did you mean regnet_reg_resnet20_convlstm']),
-    ('timm/resnet18.a1_in1k', ['is not a model', 'hf-hub:OWNER/NAME']),
-    ('regnet_reg_resnext50_2x40d_convlstm', ['has no pretrained weights']),
-    ('regnet_reg_resnet18_convlstm.nonsense', ["'nonsense'", 'warm_a1_in1k']),
-    ('resnet18.nonsense', ['nonsense']),
-    ('local-dir:no/such/folder', ['no/such/folder']),
-    ('nowhere:resnet18', ['nowhere']),
-])
+@pytest.mark.parametrize(
+    'model, messages',
+    [
+        ('regnet_reg_resnet20_convltsm', ['is not a model', 'Did you mean regnet_reg_resnet20_convlstm']),
+        ('timm/resnet18.a1_in1k', ['is not a model', 'hf-hub:OWNER/NAME']),
+        ('regnet_reg_resnext50_2x40d_convlstm', ['has no pretrained weights']),
+        ('regnet_reg_resnet18_convlstm.nonsense', ["'nonsense'", 'warm_a1_in1k']),
+        ('resnet18.nonsense', ['nonsense']),
+        ('local-dir:no/such/folder', ['no/such/folder']),
+        ('nowhere:resnet18', ['nowhere']),
+    ],
+)
 def test_model_that_cannot_be_had_is_named(model, messages, classify, photo):
     code, out, err = classify(photo, model=model)
     assert (code, out) == (1, '')
@@ -222,14 +234,17 @@ def test_model_without_a_classifier_is_refused(packaged, photo, monkeypatch):
         load_model(MODEL)
 
 
-@pytest.mark.parametrize('model, num_classes, cfg, index, label', [
-    ('resnet18', 1000, {}, 281, 'tabby, tabby cat'),
-    (MODEL, 3, {}, 1, None),
-    (MODEL, 3, {'label_names': ['a', 'b', 'c']}, 1, 'b'),
-    (MODEL, 3, {'label_names': {'2': 'c'}}, 2, 'c'),  # from JSON, some without a name
-    (MODEL, 3, {'label_names': {'2': 'c'}}, 1, None),
-    (MODEL, 3, {'label_names': ['a', 'b', 'c'], 'label_descriptions': {'b': 'a bee'}}, 1, 'a bee'),
-])
+@pytest.mark.parametrize(
+    'model, num_classes, cfg, index, label',
+    [
+        ('resnet18', 1000, {}, 281, 'tabby, tabby cat'),
+        (MODEL, 3, {}, 1, None),
+        (MODEL, 3, {'label_names': ['a', 'b', 'c']}, 1, 'b'),
+        (MODEL, 3, {'label_names': {'2': 'c'}}, 2, 'c'),  # from JSON, some without a name
+        (MODEL, 3, {'label_names': {'2': 'c'}}, 1, None),
+        (MODEL, 3, {'label_names': ['a', 'b', 'c'], 'label_descriptions': {'b': 'a bee'}}, 1, 'a bee'),
+    ],
+)
 def test_labels_come_from_the_config_or_imagenet(model, num_classes, cfg, index, label):
     with torch.device('meta'):
         model = timm.create_model(model, num_classes=num_classes)
@@ -250,5 +265,14 @@ def test_default_model_ships_with_the_package_and_names_cifar10s_classes(classif
     code, out, _ = classify(photo, '--topk', 10, '--json', model=None)
     assert code == 0
     assert {p['label'] for p in json.loads(out)['images'][0]['predictions']} == {
-        'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck',
+        'airplane',
+        'automobile',
+        'bird',
+        'cat',
+        'deer',
+        'dog',
+        'frog',
+        'horse',
+        'ship',
+        'truck',
     }

@@ -1,4 +1,5 @@
 """Training in two processes with DistributedDataParallel, as `torchrun train.py` does."""
+
 import copy
 
 import pytest

@@ -2,6 +2,7 @@
 
 Every comparison is with the network as it was trained. What needs onnx, onnxruntime and onnxscript is skipped without.
 """
+
 import copy
 import os
 
@@ -15,7 +16,7 @@ from timm.utils import reparameterize_model
 
 import timm_regnet_reg
 from timm_regnet_reg import __main__ as command_line
-from timm_regnet_reg import export
+from timm_regnet_reg.commands import export
 
 CELLS = ('convrnn', 'convgru', 'convlstm')
 SMALL = dict(layers=(2, 1, 1, 2), channels=(16, 32, 48, 64), num_classes=7)
@@ -33,7 +34,9 @@ NETS = {
     'bottleneck, stages 1 and 3 regulated': ('regnet_reg_resnet50_convgru', dict(SMALL, regulated_stages=(1, 3))),
     'basic, anti-aliased': ('regnet_reg_resnet18_convlstm', dict(SMALL, aa_layer=BlurPool2d)),
     'bottleneck, anti-aliased, stem without pooling': (
-        'regnet_reg_resnet50_convrnn', dict(SMALL, aa_layer=BlurPool2d, replace_stem_pool=True)),
+        'regnet_reg_resnet50_convrnn',
+        dict(SMALL, aa_layer=BlurPool2d, replace_stem_pool=True),
+    ),
     'no shortcut': ('regnet_reg_resnet50_convrnn', dict(SMALL, shortcut='none')),
 }
 FORMS = [f'{form}_{cell}' for form in ('resnet20', 'resnet50') for cell in CELLS]
@@ -75,6 +78,7 @@ def batch_norms(model):
 
 
 # Folding
+
 
 def test_reparameterized_network_gives_the_same_outputs(net):
     x = images_for(net)
@@ -166,6 +170,7 @@ def test_pruned_and_regulated_networks_are_reparameterized():
 
 # torch.export
 
+
 @pytest.mark.parametrize('form', FORMS)
 def test_reparameterized_network_exports_for_any_batch_and_image_size(form):
     if 'resnet20' not in form and torch.__version__ < (2, 14):
@@ -184,6 +189,7 @@ def test_reparameterized_network_exports_for_any_batch_and_image_size(form):
 
 
 # ONNX
+
 
 def onnx_outputs(path, *batches):
     model = export.OnnxModel(path, num_classes=7)
@@ -218,8 +224,16 @@ def test_network_that_is_not_folded_goes_to_onnx_as_well(tmp_path):
     model = small('resnet50_convlstm')
     path = tmp_path / 'net.onnx'
     torch.onnx.export(
-        model, (images_for(model),), path, dynamo=True, opset_version=export.OPSET, dynamic_shapes=({0: 'batch'},),
-        input_names=['images'], output_names=['logits'], verbose=False)
+        model,
+        (images_for(model),),
+        path,
+        dynamo=True,
+        opset_version=export.OPSET,
+        dynamic_shapes=({0: 'batch'},),
+        input_names=['images'],
+        output_names=['logits'],
+        verbose=False,
+    )
     x = images_for(model, 3)
     with torch.no_grad():
         assert_close(onnx_outputs(path, x)[0], model(x))
@@ -246,6 +260,7 @@ def test_int8_file_is_smaller_and_nearly_right(tmp_path):
 
 # The command
 
+
 @pytest.fixture(scope='session')
 def data_dir(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp('data')
@@ -257,9 +272,11 @@ def data_dir(image_folder, tmp_path_factory):
 @pytest.fixture
 def run(capsys):
     """Runs the command; gives its exit code, stdout and stderr."""
+
     def run(*args):
         code = command_line.main(['export', *map(str, args)])
         return code, *capsys.readouterr()
+
     return run
 
 
@@ -297,12 +314,16 @@ def test_full_disk_is_told_and_leaves_nothing(run, packaged, tmp_path, monkeypat
 
 
 @with_onnx
-@pytest.mark.parametrize('args, message', [
-    (['net.pt'], 'ends in .onnx'),
-    (['nowhere/net.onnx'], 'nowhere: no such folder'),
-    (['net.onnx', '--model', 'resnet51'], 'not a model that timm knows'),
-    (['net.onnx', '--int8', 'nowhere'], 'nowhere/validation: no such folder'),
-], ids=str)
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['net.pt'], 'ends in .onnx'),
+        (['nowhere/net.onnx'], 'nowhere: no such folder'),
+        (['net.onnx', '--model', 'resnet51'], 'not a model that timm knows'),
+        (['net.onnx', '--int8', 'nowhere'], 'nowhere/validation: no such folder'),
+    ],
+    ids=str,
+)
 def test_bad_arguments_are_named(run, args, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*args)

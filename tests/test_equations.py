@@ -1,15 +1,16 @@
 """Cells, blocks, stages and networks against `reference.py`, and against timm's own networks."""
+
 import copy
 import math
 
 import pytest
+import reference
 import timm
 import torch
 import torch.nn as nn
 from timm.layers import get_attn
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 
-import reference
 import timm_regnet_reg  # noqa: F401  (registers the models)
 from timm_regnet_reg.blocks import RegulatedStage
 from timm_regnet_reg.cells import CELLS
@@ -96,6 +97,7 @@ def test_reference_gate_is_the_sum_that_the_text_describes():
 
 # Cells
 
+
 @pytest.mark.parametrize('given', ['nothing', 'state'])
 @pytest.mark.parametrize('size', [(4, 6), (5, 7), (1, 1)])
 @pytest.mark.parametrize('N', [1, 5, 16])
@@ -110,11 +112,12 @@ def test_cell_is_its_equations(kind, N, size, given):
     reference_inputs = [i.clone().requires_grad_() for i in inputs]
     expected = reference.cell(kind, sd, *reference_inputs)
     expected_gradients = gradients(
-        [o for o in expected if o is not None], reference_inputs + [sd[name] for name in names])
+        [o for o in expected if o is not None], reference_inputs + [sd[name] for name in names]
+    )
 
     for dtype, output, gradient in (
-            (torch.float64, OUTPUT_64, GRADIENT_64),
-            (torch.float32, OUTPUT_32, GRADIENT_32),
+        (torch.float64, OUTPUT_64, GRADIENT_64),
+        (torch.float32, OUTPUT_32, GRADIENT_32),
     ):
         for memory_format in FORMATS:
             cell = cell.to(dtype)
@@ -127,8 +130,9 @@ def test_cell_is_its_equations(kind, N, size, given):
                 check(a, e, output, name)
                 check(q, e, output, f'{name} without gradients')
             actual_gradients = gradients(
-                [o for o in actual if o is not None], leaves + [cell.get_parameter(name) for name in names])
-            for name, a, e in zip(['X', 'H', 'C'][:len(leaves)] + names, actual_gradients, expected_gradients):
+                [o for o in actual if o is not None], leaves + [cell.get_parameter(name) for name in names]
+            )
+            for name, a, e in zip(['X', 'H', 'C'][: len(leaves)] + names, actual_gradients, expected_gradients):
                 check(a, e, gradient, f'gradient of {name}')
             for leaf, i in zip(leaves, inputs):
                 assert torch.equal(leaf, i.to(dtype)), 'an input was changed in place'
@@ -190,8 +194,7 @@ def check_stage(stage, x, kind, depth, stride, dilation=1):
     for training in (False, True):
         sd = reference_state(stage)
         X1 = x.clone().requires_grad_()
-        expected = reference.stage(
-            sd, X1, depth, kind, stride, first_dilation=1, dilation=dilation, training=training)
+        expected = reference.stage(sd, X1, depth, kind, stride, first_dilation=1, dilation=dilation, training=training)
         expected_gradients = gradients([expected], [X1] + [sd[name] for name in names])
         for dtype, output in ((torch.float64, OUTPUT_64), (torch.float32, OUTPUT_32)):
             for memory_format in FORMATS:
@@ -242,7 +245,8 @@ def test_each_state_travels(form, kind):
     for t in range(3):
         block = reference.bottleneck if form != 'basic' else reference.basic_block
         forgetful, _, _ = block(
-            reference.within(sd, str(t)), forgetful, kind, reference.within(sd, 'regulator'), None, None)
+            reference.within(sd, str(t)), forgetful, kind, reference.within(sd, 'regulator'), None, None
+        )
     assert (right - forgetful).abs().max() > 1e-3
     check(stage(x), right, OUTPUT_64, 'output')
 
@@ -282,19 +286,26 @@ def check_network(name, kind, depths, form, size, training=False, **kwargs):
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('name, kind', [(f'regnet_reg_resnet20_{kind}', kind) for kind in KINDS] + [
-    ('regnet_reg_seresnet20_convlstm', 'convlstm'),
-])
+@pytest.mark.parametrize(
+    'name, kind',
+    [(f'regnet_reg_resnet20_{kind}', kind) for kind in KINDS]
+    + [
+        ('regnet_reg_seresnet20_convlstm', 'convlstm'),
+    ],
+)
 def test_cifar_network_is_its_equations(name, kind, training):
     check_network(name, kind, DEPTHS['20'], 'cifar', (32, 31), training)
 
 
-@pytest.mark.parametrize('name, kind, depths, size', [
-    ('regnet_reg_resnet18_convgru', 'convgru', DEPTHS['18'], (65, 60)),
-    ('regnet_reg_resnet50_convlstm', 'convlstm', DEPTHS['50'], (65, 60)),
-    ('regnet_reg_resnext50_32x4d_convrnn', 'convrnn', DEPTHS['50'], (33, 64)),
-    ('regnet_reg_seresnet50_convgru', 'convgru', DEPTHS['50'], (33, 40)),
-])
+@pytest.mark.parametrize(
+    'name, kind, depths, size',
+    [
+        ('regnet_reg_resnet18_convgru', 'convgru', DEPTHS['18'], (65, 60)),
+        ('regnet_reg_resnet50_convlstm', 'convlstm', DEPTHS['50'], (65, 60)),
+        ('regnet_reg_resnext50_32x4d_convrnn', 'convrnn', DEPTHS['50'], (33, 64)),
+        ('regnet_reg_seresnet50_convgru', 'convgru', DEPTHS['50'], (33, 40)),
+    ],
+)
 def test_imagenet_network_is_its_equations(name, kind, depths, size):
     check_network(name, kind, depths, 'imagenet', size)
 
@@ -309,24 +320,31 @@ def test_other_shortcuts_of_the_cifar_form(shortcut):
     check_network('regnet_reg_resnet20_convlstm', 'convlstm', DEPTHS['20'], 'cifar', (17, 16), shortcut=shortcut)
 
 
-@pytest.mark.parametrize('name, depths', [
-    ('regnet_reg_resnet18_convrnn', DEPTHS['18']),
-    ('regnet_reg_resnext50_32x4d_convrnn', DEPTHS['50']),
-])
+@pytest.mark.parametrize(
+    'name, depths',
+    [
+        ('regnet_reg_resnet18_convrnn', DEPTHS['18']),
+        ('regnet_reg_resnext50_32x4d_convrnn', DEPTHS['50']),
+    ],
+)
 def test_network_without_shortcuts(name, depths):
     check_network(name, 'convrnn', depths, 'imagenet', (33, 40), shortcut='none')
 
 
-@pytest.mark.parametrize('name, kind, depths, output_stride', [
-    ('regnet_reg_resnet50_convlstm', 'convlstm', DEPTHS['50'], 8),
-    ('regnet_reg_resnet50_convlstm', 'convlstm', DEPTHS['50'], 16),
-    ('regnet_reg_resnet18_convgru', 'convgru', DEPTHS['18'], 8),
-])
+@pytest.mark.parametrize(
+    'name, kind, depths, output_stride',
+    [
+        ('regnet_reg_resnet50_convlstm', 'convlstm', DEPTHS['50'], 8),
+        ('regnet_reg_resnet50_convlstm', 'convlstm', DEPTHS['50'], 16),
+        ('regnet_reg_resnet18_convgru', 'convgru', DEPTHS['18'], 8),
+    ],
+)
 def test_smaller_output_stride_dilates(name, kind, depths, output_stride):
     check_network(name, kind, depths, 'imagenet', (41, 48), output_stride=output_stride)
 
 
 # ResNeXt's three forms
+
 
 @pytest.mark.parametrize('cardinality, d', [(1, 64), (2, 40), (4, 24), (8, 14), (32, 4)])
 def test_three_forms_of_the_resnext_block_are_one_function(cardinality, d):
@@ -346,9 +364,24 @@ def test_three_forms_of_the_resnext_block_are_one_function(cardinality, d):
 # Plain networks
 
 IN_TIMM = (
-    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet50d', 'resnet101d', 'wide_resnet50_2',
-    'seresnet18', 'seresnet34', 'seresnet50', 'seresnet101', 'seresnet152',
-    'resnext50_32x4d', 'resnext101_32x4d', 'resnext101_64x4d', 'seresnext50_32x4d', 'seresnext101_32x4d',
+    'resnet18',
+    'resnet34',
+    'resnet50',
+    'resnet101',
+    'resnet152',
+    'resnet50d',
+    'resnet101d',
+    'wide_resnet50_2',
+    'seresnet18',
+    'seresnet34',
+    'seresnet50',
+    'seresnet101',
+    'seresnet152',
+    'resnext50_32x4d',
+    'resnext101_32x4d',
+    'resnext101_64x4d',
+    'seresnext50_32x4d',
+    'seresnext101_32x4d',
 )
 
 
@@ -409,4 +442,6 @@ def test_unregulated_cifar_network_is_the_plain_one(backbone):
     sd = {name: t.double() for name, t in plain.state_dict().items()}
     n = (int(backbone[-2:]) - 2) // 6
     with torch.no_grad():
-        check(plain.double()(x.double()), reference.network(sd, x.double(), (n, n, n), form='cifar'), OUTPUT_64, 'logits')
+        check(
+            plain.double()(x.double()), reference.network(sd, x.double(), (n, n, n), form='cifar'), OUTPUT_64, 'logits'
+        )

@@ -4,6 +4,7 @@ What needs no numbers runs for every model, on the meta device, where nothing is
 `NETS`: real entrypoints, most of them made smaller by timm's own arguments, that together have every cell, block and
 form. Their weights and statistics are random, as in a fresh network every residual branch gives zero.
 """
+
 import copy
 import inspect
 import io
@@ -33,9 +34,24 @@ from timm_regnet_reg.blocks import RegulatedStage
 
 CELLS = ('convrnn', 'convgru', 'convlstm')
 IN_TIMM = (
-    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet50d', 'resnet101d', 'wide_resnet50_2',
-    'seresnet18', 'seresnet34', 'seresnet50', 'seresnet101', 'seresnet152',
-    'resnext50_32x4d', 'resnext101_32x4d', 'resnext101_64x4d', 'seresnext50_32x4d', 'seresnext101_32x4d',
+    'resnet18',
+    'resnet34',
+    'resnet50',
+    'resnet101',
+    'resnet152',
+    'resnet50d',
+    'resnet101d',
+    'wide_resnet50_2',
+    'seresnet18',
+    'seresnet34',
+    'seresnet50',
+    'seresnet101',
+    'seresnet152',
+    'resnext50_32x4d',
+    'resnext101_32x4d',
+    'resnext101_64x4d',
+    'seresnext50_32x4d',
+    'seresnext101_32x4d',
 )
 IMAGENET = IN_TIMM + ('resnext50_2x40d', 'resnext50_4x24d', 'resnext50_8x14d')
 CIFAR = tuple(f'{kind}{depth}' for kind in ('resnet', 'seresnet') for depth in (20, 32, 44, 56, 110))
@@ -44,6 +60,7 @@ MODELS = PLAIN + tuple(f'regnet_reg_{backbone}_{cell}' for backbone in IMAGENET 
 
 
 # All models
+
 
 def backbone_of(name):
     return re.sub('^(cifar|regnet_reg)_|_conv.*$', '', name)
@@ -127,8 +144,9 @@ def test_plain_part_of_the_state_dict_is_timms_own(name):
         plain = timm.create_model('resnext50_32x4d', device='meta', cardinality=int(C), base_width=int(d))
     added = [key for key in actual if ADDED.fullmatch(key)]
     assert bool(added) == (name not in PLAIN)
-    assert [(key, shape) for key, shape in actual.items() if key not in added] == \
-        [(key, t.shape) for key, t in plain.state_dict().items()]
+    assert [(key, shape) for key, shape in actual.items() if key not in added] == [
+        (key, t.shape) for key, t in plain.state_dict().items()
+    ]
 
 
 @pytest.mark.parametrize('name', [name for name in MODELS if not re.search('101|152|110', name)])  # the same blocks
@@ -239,21 +257,24 @@ def test_intermediate_features(net):
         taps, expected = list(expected), []
         assert len(taps) == last + 1
         for indices, wanted in [
-                (None, range(last + 1)),
-                (1, [last]),
-                (2, [last - 1, last]),
-                ([0, 2], [0, 2]),
-                ([-1, 1], [1, last]),
-                ([0], [0]),
+            (None, range(last + 1)),
+            (1, [last]),
+            (2, [last - 1, last]),
+            ([0, 2], [0, 2]),
+            ([-1, 1], [1, last]),
+            ([0], [0]),
         ]:
             for norm in (False, True):
                 for stop_early in (False, True):
                     ran.clear()
                     final, found = model.forward_intermediates(x, indices, norm=norm, stop_early=stop_early)
                     assert bool(ran) == (not stop_early or last in wanted)
-                    assert torch.equal(final, features if ran else taps[max(wanted)] if max(wanted) else model.maxpool(taps[0]))
+                    assert torch.equal(
+                        final, features if ran else taps[max(wanted)] if max(wanted) else model.maxpool(taps[0])
+                    )
                     alone = model.forward_intermediates(
-                        x, indices, norm=norm, stop_early=stop_early, intermediates_only=True)
+                        x, indices, norm=norm, stop_early=stop_early, intermediates_only=True
+                    )
                     for some in (found, alone):
                         assert len(some) == len(wanted)
                         assert all(torch.equal(f, taps[i]) for f, i in zip(some, wanted))
@@ -264,8 +285,9 @@ def test_intermediate_features(net):
 def load_by_suffix(wrapper, model):
     """Load a feature extractor from the whole network; each kind puts the network under another prefix."""
     weights = model.state_dict()
-    wrapper.load_state_dict({
-        key: weights[re.sub(r'^(body|model|graph_module)\.', '', key)] for key in wrapper.state_dict()})
+    wrapper.load_state_dict(
+        {key: weights[re.sub(r'^(body|model|graph_module)\.', '', key)] for key in wrapper.state_dict()}
+    )
     return wrapper.eval()
 
 
@@ -319,7 +341,12 @@ def test_output_stride(net, output_stride):
 
 
 def test_output_stride_of_the_cifar_form():
-    assert [f.shape[2] for f in create('cifar', output_stride=2, features_only=True)(images('cifar'))] == [32, 32, 16, 16]
+    assert [f.shape[2] for f in create('cifar', output_stride=2, features_only=True)(images('cifar'))] == [
+        32,
+        32,
+        16,
+        16,
+    ]
     for output_stride in (4, 8, 16, 32):
         wrapper = create('cifar', output_stride=output_stride, features_only=True)
         assert [f.shape[2] for f in wrapper(images('cifar'))] == [32, 32, 16, 8]
@@ -356,8 +383,9 @@ def test_regulator_is_in_the_group_of_its_stages_first_block(net):
         group = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
         assert set(group) == {name for name, _ in model.named_parameters()}
         plain = create(net, regulated_stages=())
-        assert {name: group[name] for name, _ in plain.named_parameters()} == \
-            group_parameters(plain, plain.group_matcher(coarse=coarse), reverse=True)
+        assert {name: group[name] for name, _ in plain.named_parameters()} == group_parameters(
+            plain, plain.group_matcher(coarse=coarse), reverse=True
+        )
         for name in group:
             if '.regulator.' in name:
                 assert group[name] == group[name.split('.')[0] + '.0.conv1.weight']
@@ -379,6 +407,7 @@ def test_regulator_is_in_the_group_of_its_stages_first_block(net):
 
 
 # Gradient checkpointing
+
 
 @pytest.mark.parametrize('net', ['cifar', 'basic se', 'bottleneck d', 'partly', 'cifar plain'])
 def test_grad_checkpointing_changes_nothing_but_memory(net):
@@ -421,6 +450,7 @@ def test_grad_checkpointing_of_feature_extractors(net, feature_cls):
 
 # Inputs of every kind
 
+
 @pytest.mark.parametrize('size', [(33, 33), (97, 97), (225, 225), (40, 72), (51, 34)], ids=str)
 @pytest.mark.parametrize('net', ['cifar', 'basic', 'bottleneck', 'bottleneck d', 'no shortcut'])
 def test_any_image_and_batch_size(net, size):
@@ -433,7 +463,7 @@ def test_any_image_and_batch_size(net, size):
         assert all(f.isfinite().all() for f in features)
         logits = model(x)
         for i in range(3):
-            assert_close(model(x[i:i + 1])[0], logits[i], 1e-4)
+            assert_close(model(x[i : i + 1])[0], logits[i], 1e-4)
 
 
 @pytest.mark.parametrize('in_chans', [1, 4])
@@ -460,6 +490,7 @@ def test_channels_last_is_kept_through_the_network(net):
                     seen.append(name)
                     if not t.is_contiguous(memory_format=torch.channels_last):
                         lost.append(f'{name}[{i}]')
+
         return hook
 
     for name, module in model.named_modules():
@@ -532,6 +563,7 @@ def test_device_and_dtype_arguments(net):
 
 # torch.func and forward-mode derivatives
 
+
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize('net', ONE_OF_EACH)
 def test_ensembles_run_as_one_network(net, memory_format):
@@ -587,7 +619,7 @@ def test_gradients_to_be_differentiated_are_the_same_gradients(net):
         assert_close(a, e, 1e-9)
     small = 1e-6
     nearby = [gradients((x + sign * small * v).detach().requires_grad_())[0] for sign in (1, -1)]
-    product, = torch.autograd.grad((actual[0] * v).sum(), [x])
+    (product,) = torch.autograd.grad((actual[0] * v).sum(), [x])
     assert_close(product, (nearby[0] - nearby[1]) / (2 * small), 1e-4)
 
 
@@ -596,7 +628,7 @@ def test_many_gradients_at_once(net):
     model, x = lively(net).double(), images(net, 1).double().requires_grad_()
     logits = model(x)
     each = torch.stack([torch.autograd.grad(logit, x, retain_graph=True)[0] for logit in logits[0]])
-    at_once, = torch.autograd.grad(logits, x, torch.eye(logits.shape[1]).double()[:, None], is_grads_batched=True)
+    (at_once,) = torch.autograd.grad(logits, x, torch.eye(logits.shape[1]).double()[:, None], is_grads_batched=True)
     assert_close(at_once, each, 1e-9)
 
 
@@ -613,6 +645,7 @@ def test_backward_within_autocast(net):
 
 
 # Compilers and exporters
+
 
 @pytest.mark.parametrize('net', ONE_OF_EACH)
 def test_runs_without_data(net):
@@ -632,7 +665,7 @@ def test_traced_operations_run_with_gradients(net):
     assert_close(torch.autograd.grad(traced(x.requires_grad_()).sum(), x)[0], torch.autograd.grad(model(x).sum(), x)[0])
 
 
-WITHOUT_ONEDNN = '''
+WITHOUT_ONEDNN = """
 import torch
 get_operation = torch._C._jit_get_operation
 torch._C._jit_get_operation = lambda name: (None, []) if name.startswith('mkldnn::') else get_operation(name)
@@ -641,7 +674,7 @@ import timm, timm_regnet_reg
 model = timm.create_model('regnet_reg_resnet20_convlstm').to(memory_format=torch.channels_last)
 with torch.backends.mkldnn.flags(enabled=False):
     model(torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)).sum().backward()
-'''
+"""
 
 
 def test_builds_of_torch_without_onednn_will_do():
@@ -671,7 +704,7 @@ def test_compiles_to_one_graph(net, fresh_compiler):
 @pytest.mark.parametrize('checkpointing', [False, True], ids=['', 'checkpointing'])
 @pytest.mark.parametrize('net', ['cifar', 'basic se'])
 def test_compiled_network_trains(net, checkpointing, fresh_compiler):
-    model = lively(net, layers=(2, 1, 1, 1)[:3 if net == 'cifar' else 4]).double()
+    model = lively(net, layers=(2, 1, 1, 1)[: 3 if net == 'cifar' else 4]).double()
     x = images(net, 4).double()
     expected, expected_grads = train_step(copy.deepcopy(model), x)
     model.set_grad_checkpointing(checkpointing)
@@ -735,6 +768,7 @@ def test_feature_extractor_scripts(net):
 
 # Copies and state
 
+
 @pytest.mark.parametrize('net', NETS)
 def test_copies_and_files_hold_the_whole_network(net):
     model = lively(net)
@@ -745,9 +779,9 @@ def test_copies_and_files_hold_the_whole_network(net):
     with torch.no_grad():
         expected = model(x)
         for other in (
-                copy.deepcopy(model),
-                pickle.loads(pickle.dumps(model)),
-                torch.load(stream, weights_only=False),
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            torch.load(stream, weights_only=False),
         ):
             assert torch.equal(other(x), expected)
             for p in other.parameters():
@@ -776,7 +810,7 @@ def test_no_state_survives_a_forward(net):
 
 
 def test_import_registers_without_network_and_without_building_models():
-    code = '''
+    code = """
 import socket, sys, timm, torch.nn as nn
 def forbidden(*args, **kwargs): raise AssertionError('not at import')
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = forbidden
@@ -784,21 +818,22 @@ nn.Module.__init__ = nn.Parameter.__new__ = forbidden
 import timm_regnet_reg
 assert len(timm.list_models(module='regnet_reg')) == 103
 print([m for m in ('classify', 'package', 'publish', 'quickstart', 'run') if f'timm_regnet_reg.{m}' in sys.modules])
-'''
+"""
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
 
 
 # Arguments
 
+
 def test_drop_rates():
     model = lively('bottleneck', drop_path_rate=0.5, drop_block_rate=0.2, drop_rate=0.3)
     theirs = timm.create_model('resnet50', drop_path_rate=0.5, drop_block_rate=0.2, drop_rate=0.3, **TINY)
     drops = {
-        name: (type(m), m.drop_prob) for name, m in model.named_modules() if name.endswith(('drop_path', 'drop_block'))
-        and hasattr(m, 'drop_prob')
+        name: (type(m), m.drop_prob)
+        for name, m in model.named_modules()
+        if name.endswith(('drop_path', 'drop_block')) and hasattr(m, 'drop_prob')
     }
-    assert drops == {
-        name: (type(m), m.drop_prob) for name, m in theirs.named_modules() if hasattr(m, 'drop_prob')}
+    assert drops == {name: (type(m), m.drop_prob) for name, m in theirs.named_modules() if hasattr(m, 'drop_prob')}
     assert len(drops) == 6 + 3
     assert model.drop_rate == 0.3
     x = images('bottleneck')
@@ -810,22 +845,28 @@ def test_drop_rates():
             assert not torch.equal(model(x), model(x)), kwargs
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(norm_layer='groupnorm', channels=(32, 64, 96, 128)),
-    dict(act_layer='silu'),
-    dict(act_layer=nn.LeakyReLU),
-    dict(aa_layer=timm.layers.BlurPool2d),
-    dict(aa_layer=nn.AvgPool2d),
-    dict(aa_layer=timm.layers.BlurPool2d, output_stride=8),
-    dict(block_args=dict(attn_layer='eca')),
-    dict(stem_type='deep_tiered', stem_width=32, replace_stem_pool=True, avg_down=True),
-    dict(block_reduce_first=2, down_kernel_size=3),
-    dict(block_reduce_first=2, output_stride=8),
-], ids=str)
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(norm_layer='groupnorm', channels=(32, 64, 96, 128)),
+        dict(act_layer='silu'),
+        dict(act_layer=nn.LeakyReLU),
+        dict(aa_layer=timm.layers.BlurPool2d),
+        dict(aa_layer=nn.AvgPool2d),
+        dict(aa_layer=timm.layers.BlurPool2d, output_stride=8),
+        dict(block_args=dict(attn_layer='eca')),
+        dict(stem_type='deep_tiered', stem_width=32, replace_stem_pool=True, avg_down=True),
+        dict(block_reduce_first=2, down_kernel_size=3),
+        dict(block_reduce_first=2, output_stride=8),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('net', ['basic', 'bottleneck'])
 def test_takes_what_timms_resnet_takes(net, kwargs):
     model = lively(net, **kwargs)
-    theirs = timm.create_model('resnet18' if net == 'basic' else 'resnet50', **dict(dict(TINY, num_classes=7), **kwargs))
+    theirs = timm.create_model(
+        'resnet18' if net == 'basic' else 'resnet50', **dict(dict(TINY, num_classes=7), **kwargs)
+    )
     assert set(theirs.state_dict()) <= set(model.state_dict())
     x = images(net)
     assert model(x).shape == theirs(x).shape
@@ -862,17 +903,21 @@ def test_no_shortcut_leaves_no_path_around_a_block(net):
         assert not x.any()
 
 
-@pytest.mark.parametrize('net, kwargs, message', [
-    ('basic', dict(cell='lstm'), r"'lstm'.*convrnn, convgru, convlstm"),
-    ('basic', dict(regulated_stages=(5,)), r'\(5,\).*from 1 to 4'),
-    ('basic', dict(regulated_stages=(0, 1)), r'\(0, 1\).*from 1 to 4'),
-    ('cifar', dict(regulated_stages=(4,)), r'\(4,\).*from 1 to 3'),
-    ('cifar', dict(regulated_stages=1), r'1.*tuple.*from 1 to 3'),
-    ('cifar', dict(regulated_stages='all'), r"'all'.*from 1 to 3"),
-    ('basic', dict(shortcut='pad'), r"'pad'.*conv, none"),
-    ('cifar', dict(shortcut='identity'), r"'identity'.*conv, pad, none"),
-    ('cifar', dict(shortcut='none', zero_init_last=True), 'zero_init_last'),
-], ids=str)
+@pytest.mark.parametrize(
+    'net, kwargs, message',
+    [
+        ('basic', dict(cell='lstm'), r"'lstm'.*convrnn, convgru, convlstm"),
+        ('basic', dict(regulated_stages=(5,)), r'\(5,\).*from 1 to 4'),
+        ('basic', dict(regulated_stages=(0, 1)), r'\(0, 1\).*from 1 to 4'),
+        ('cifar', dict(regulated_stages=(4,)), r'\(4,\).*from 1 to 3'),
+        ('cifar', dict(regulated_stages=1), r'1.*tuple.*from 1 to 3'),
+        ('cifar', dict(regulated_stages='all'), r"'all'.*from 1 to 3"),
+        ('basic', dict(shortcut='pad'), r"'pad'.*conv, none"),
+        ('cifar', dict(shortcut='identity'), r"'identity'.*conv, pad, none"),
+        ('cifar', dict(shortcut='none', zero_init_last=True), 'zero_init_last'),
+    ],
+    ids=str,
+)
 def test_bad_arguments_are_named(net, kwargs, message):
     with pytest.raises(ValueError, match=message):
         create(net, **kwargs)

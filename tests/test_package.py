@@ -1,4 +1,5 @@
 """`package`: from a checkpoint of train.py to a folder that loads, and an error for everything that can be wrong."""
+
 import argparse
 import json
 import os
@@ -16,21 +17,29 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.package import FILES, check_folder
 from timm_regnet_reg.pretrained import file_sha256
+from timm_regnet_reg.support.folder import FILES, check_folder
 
 
 @pytest.fixture
 def package(trained, image_folder, tmp_path, capsys):
     """Runs the command; keywords replace arguments. Returns exit code and stderr."""
+
     def run(checkpoint=trained.checkpoint, *flags, **changed):
         options = {
-            'model': MODEL, 'tag': 'tiny', 'data_dir': image_folder, 'data_name': 'noise', 'recipe': trained.recipe,
-            'output': tmp_path / 'out', 'workers': 0, **changed,
+            'model': MODEL,
+            'tag': 'tiny',
+            'data_dir': image_folder,
+            'data_name': 'noise',
+            'recipe': trained.recipe,
+            'output': tmp_path / 'out',
+            'workers': 0,
+            **changed,
         }
-        argv = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+        argv = [text for key, value in options.items() for text in (f'--{key.replace("_", "-")}', str(value))]
         code = main(['package', str(checkpoint), *argv, *flags])
         return code, capsys.readouterr().err
+
     return run
 
 
@@ -73,17 +82,28 @@ def test_card_says_how_well_on_what_and_how_to_reproduce(trained, packaged, imag
 
     card = ModelCard.load(packaged / 'README.md')
     metrics = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    assert metrics == {'Top-1 accuracy': pytest.approx(top1, abs=1e-3), 'Top-5 accuracy': 100.}
+    assert metrics == {'Top-1 accuracy': pytest.approx(top1, abs=1e-3), 'Top-5 accuracy': 100.0}
     assert card.data.license == 'apache-2.0' and card.data.library_name == 'timm'
     for text in (
-        '12 images of noise', '| Images scored | 12 |', '| Recipe | recipe.yaml |', '| Epochs | 3 of 3 |',
+        '12 images of noise',
+        '| Images scored | 12 |',
+        '| Recipe | recipe.yaml |',
+        '| Epochs | 3 of 3 |',
         '| Seed | 7 |',
-        torch.__version__, timm.__version__, 'train.py --config args.yaml',
+        torch.__version__,
+        timm.__version__,
+        'train.py --config args.yaml',
     ):
         assert text in card.text
     options = yaml.safe_load(card.text.split('```yaml')[1].split('```')[0])
     assert options == {
-        'model': MODEL, 'num_classes': 3, 'epochs': 3, 'seed': 7, 'opt': 'sgd', 'lr': 0.1, 'smoothing': 0.0,
+        'model': MODEL,
+        'num_classes': 3,
+        'epochs': 3,
+        'seed': 7,
+        'opt': 'sgd',
+        'lr': 0.1,
+        'smoothing': 0.0,
         'device_modules': ['timm_regnet_reg'],
     }, 'a zero is an option, and where the training ran is not'
 
@@ -114,16 +134,23 @@ class Bomb:
         return os.mkdir, ('exploded',)
 
 
-@pytest.mark.parametrize('change, words', [
-    (lambda c: c['args'].__setattr__('model', 'resnet18'), ('resnet18', MODEL)),
-    (lambda c: c.pop('args'), ("'args'", 'train.py')),
-    (lambda c: c['state_dict'].pop('fc.weight'), ('1 of them missing', 'fc.weight')),
-    (lambda c: c['state_dict'].update(extra=torch.zeros(1)), ('1 of them unexpected', 'extra')),
-    (lambda c: c['state_dict'].update({'fc.bias': torch.zeros(4)}), ('fc.bias (4,) instead of (3,)',)),
-    (lambda c: c['state_dict']['fc.bias'].fill_(float('nan')), ('not finite', 'fc.bias', 'diverged')),
-    (lambda c: c['state_dict']['layer1.0.conv1.weight'][0, 0, 0].fill_(float('inf')), ('not finite', 'layer1.0.conv1')),
-    (lambda c: c.update(metric=Bomb()), ('could run code',)),
-], ids=['another_model', 'no_args', 'missing', 'extra', 'shape', 'nan', 'inf', 'code'])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda c: c['args'].__setattr__('model', 'resnet18'), ('resnet18', MODEL)),
+        (lambda c: c.pop('args'), ("'args'", 'train.py')),
+        (lambda c: c['state_dict'].pop('fc.weight'), ('1 of them missing', 'fc.weight')),
+        (lambda c: c['state_dict'].update(extra=torch.zeros(1)), ('1 of them unexpected', 'extra')),
+        (lambda c: c['state_dict'].update({'fc.bias': torch.zeros(4)}), ('fc.bias (4,) instead of (3,)',)),
+        (lambda c: c['state_dict']['fc.bias'].fill_(float('nan')), ('not finite', 'fc.bias', 'diverged')),
+        (
+            lambda c: c['state_dict']['layer1.0.conv1.weight'][0, 0, 0].fill_(float('inf')),
+            ('not finite', 'layer1.0.conv1'),
+        ),
+        (lambda c: c.update(metric=Bomb()), ('could run code',)),
+    ],
+    ids=['another_model', 'no_args', 'missing', 'extra', 'shape', 'nan', 'inf', 'code'],
+)
 def test_unfit_checkpoint_is_refused(trained, package, tmp_path, monkeypatch, change, words):
     monkeypatch.chdir(tmp_path)
     path = changed_checkpoint(trained, tmp_path / 'changed.pth.tar', change)
@@ -143,7 +170,7 @@ def test_checkpoint_without_ema_weights_is_refused_only_if_they_are_asked_for(tr
 def test_truncated_checkpoint_is_refused(trained, package, tmp_path, keep):
     data = open(trained.checkpoint, 'rb').read()
     path = tmp_path / 'truncated.pth.tar'
-    path.write_bytes(data[:int(keep * len(data)) if isinstance(keep, float) else keep])
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
     code, err = package(path)
     assert code == 1 and str(path) in err and 'truncated' in err and 'another checkpoint' in err
 
@@ -160,7 +187,7 @@ def test_files_that_are_no_checkpoint_are_refused(package, tmp_path):
 
 def test_arguments_are_checked(package, tmp_path, trained):
     assert 'is not registered in timm' in package(model='resnet_of_mine')[1]
-    assert "expected letters, digits" in package(tag='../up')[1]
+    assert 'expected letters, digits' in package(tag='../up')[1]
     assert 'cannot be read as a recipe' in package(recipe=tmp_path / 'absent.yaml')[1]
     assert not (tmp_path / 'out').exists()
 
@@ -205,6 +232,7 @@ def test_failure_at_any_later_step_leaves_the_old_folder_as_it_was(package, tmp_
             if len(calls) == fails:
                 raise OSError(28, 'No space left on device')
             return original(*args)
+
         return call
 
     which, name = step.split()
@@ -248,6 +276,7 @@ def edit_config(folder, **changes):
 def resave(folder, change):
     """Changes the weights and makes the hash right again."""
     import safetensors.torch
+
     weights = safetensors.torch.load_file(folder / 'model.safetensors')
     change(weights)
     safetensors.torch.save_file(weights, folder / 'model.safetensors')
@@ -273,8 +302,10 @@ SPOILED = {
     'nan': (lambda f: resave(f, lambda w: w['fc.bias'].fill_(float('nan'))), 'not finite'),
     'pickle': (lambda f: (f / 'pytorch_model.bin').write_bytes(pickle.dumps(Bomb())), 'pickles (pytorch_model.bin)'),
     'pickle_in_place': (
-        lambda f: ((f / 'model.safetensors').write_bytes(pickle.dumps(Bomb())),
-                   edit_config(f, sha256=file_sha256(f / 'model.safetensors'))),
+        lambda f: (
+            (f / 'model.safetensors').write_bytes(pickle.dumps(Bomb())),
+            edit_config(f, sha256=file_sha256(f / 'model.safetensors')),
+        ),
         'not a safetensors file',
     ),
     'foreign_file': (lambda f: (f / 'notes.txt').write_text(''), 'notes.txt is not expected'),
@@ -283,7 +314,9 @@ SPOILED = {
     'bad_arguments': (lambda f: edit_config(f, model_args={'layers_of_cake': 3}), 'cannot be built'),
     'labels': (lambda f: edit_config(f, label_names=['ant']), 'names 1 labels for 3 classes'),
     'card_without_license': (
-        lambda f: (f / 'README.md').write_text((f / 'README.md').read_text().replace('license:', 'lic:')), 'license'),
+        lambda f: (f / 'README.md').write_text((f / 'README.md').read_text().replace('license:', 'lic:')),
+        'license',
+    ),
     'card_without_score': (lambda f: (f / 'README.md').write_text('---\nlicense: mit\n---\n'), 'Top-1'),
     'card_without_metadata': (lambda f: (f / 'README.md').write_text('# Hello\n'), 'license'),
     'card_unreadable': (lambda f: (f / 'README.md').write_text('---\na: [\n---\n'), 'README.md'),

@@ -1,4 +1,5 @@
 """Numbers of parameters against the papers' tables and SPEC.md's formulas."""
+
 import pytest
 import timm
 
@@ -24,15 +25,18 @@ def test_resnet20_has_the_papers_number_of_parameters(num_classes, expected):
     assert count('cifar_resnet20', num_classes=num_classes) == pytest.approx(expected, abs=0.0006)
 
 
-@pytest.mark.parametrize('depth, cell, num_classes, increase', [
-    (20, 'convgru', 10, 0.04),
-    (20, 'convlstm', 10, 0.04),
-    (32, 'convgru', 10, 0.06),
-    (32, 'convgru', 100, 0.07),
-    (32, 'convlstm', 10, 0.07),
-    (56, 'convgru', 10, 0.11),
-    (56, 'convlstm', 10, 0.12),
-])
+@pytest.mark.parametrize(
+    'depth, cell, num_classes, increase',
+    [
+        (20, 'convgru', 10, 0.04),
+        (20, 'convlstm', 10, 0.04),
+        (32, 'convgru', 10, 0.06),
+        (32, 'convgru', 100, 0.07),
+        (32, 'convlstm', 10, 0.07),
+        (56, 'convgru', 10, 0.11),
+        (56, 'convlstm', 10, 0.12),
+    ],
+)
 def test_regulators_add_what_the_paper_reports(depth, cell, num_classes, increase):
     plain = count(f'cifar_resnet{depth}', num_classes=num_classes)
     regulated = count(f'regnet_reg_resnet{depth}_{cell}', num_classes=num_classes)
@@ -45,14 +49,17 @@ CIFAR_20 = ('cifar_resnet20', 'regnet_reg_resnet20', (3, 3, 3), (16, 32, 64))
 
 
 @pytest.mark.parametrize('cell', GATES)
-@pytest.mark.parametrize('plain, backbone, depths, widths', [
-    CIFAR_20,
-    ('cifar_seresnet56', 'regnet_reg_seresnet56', (9, 9, 9), (16, 32, 64)),
-    ('resnet34', 'regnet_reg_resnet34', (3, 4, 6, 3), (64, 128, 256, 512)),
-    ('resnet50', 'regnet_reg_resnet50', (3, 4, 6, 3), (64, 128, 256, 512)),
-    ('wide_resnet50_2', 'regnet_reg_wide_resnet50_2', (3, 4, 6, 3), (128, 256, 512, 1024)),
-    ('seresnext101_32x4d', 'regnet_reg_seresnext101_32x4d', (3, 4, 23, 3), (128, 256, 512, 1024)),
-])
+@pytest.mark.parametrize(
+    'plain, backbone, depths, widths',
+    [
+        CIFAR_20,
+        ('cifar_seresnet56', 'regnet_reg_seresnet56', (9, 9, 9), (16, 32, 64)),
+        ('resnet34', 'regnet_reg_resnet34', (3, 4, 6, 3), (64, 128, 256, 512)),
+        ('resnet50', 'regnet_reg_resnet50', (3, 4, 6, 3), (64, 128, 256, 512)),
+        ('wide_resnet50_2', 'regnet_reg_wide_resnet50_2', (3, 4, 6, 3), (128, 256, 512, 1024)),
+        ('seresnext101_32x4d', 'regnet_reg_seresnext101_32x4d', (3, 4, 23, 3), (128, 256, 512, 1024)),
+    ],
+)
 def test_each_stage_grows_by_the_formula(plain, backbone, depths, widths, cell):
     before = sizes(plain)
     after = sizes(f'{backbone}_{cell}')
@@ -95,10 +102,7 @@ RESNEXT_ROW = {
 
 
 def test_resnext_row_has_equal_cost():
-    counts = {
-        name: count(f'regnet_reg_{name}_convlstm', regulated_stages=())
-        for name in RESNEXT_ROW.values()
-    }
+    counts = {name: count(f'regnet_reg_{name}_convlstm', regulated_stages=()) for name in RESNEXT_ROW.values()}
     assert max(counts.values()) / min(counts.values()) < 1.03, counts
 
 

@@ -2,6 +2,7 @@
 
 The reference for a warm start is timm's own network, loaded by timm from the same repository.
 """
+
 import dataclasses
 import hashlib
 import json
@@ -22,7 +23,7 @@ from timm.models import get_pretrained_cfg, push_to_hf_hub, save_for_hf
 
 import timm_regnet_reg
 from timm_regnet_reg import pretrained
-from timm_regnet_reg.package import check_folder
+from timm_regnet_reg.support.folder import check_folder
 
 CELLS = ('convrnn', 'convgru', 'convlstm')
 WARM = 'regnet_reg_resnet18_convlstm'
@@ -118,18 +119,22 @@ def test_warm_start_is_what_regulate_makes_of_the_backbone(timm_hub, resnet18):
     assert len(expected) == 40 and all(torch.equal(state[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(in_chans=1),
-    dict(in_chans=4),
-    dict(output_stride=8),
-    dict(regulated_stages=(1,)),
-    dict(regulated_stages=()),
-    dict(num_classes=0),
-    dict(features_only=True),
-    dict(features_only=True, out_indices=(1, 3), output_stride=16, in_chans=1),
-    dict(num_classes=7, in_chans=1, features_only=True),
-    dict(dtype=torch.float64),
-], ids=lambda kwargs: ' '.join(f'{key}={value}' for key, value in kwargs.items()))
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(in_chans=1),
+        dict(in_chans=4),
+        dict(output_stride=8),
+        dict(regulated_stages=(1,)),
+        dict(regulated_stages=()),
+        dict(num_classes=0),
+        dict(features_only=True),
+        dict(features_only=True, out_indices=(1, 3), output_stride=16, in_chans=1),
+        dict(num_classes=7, in_chans=1, features_only=True),
+        dict(dtype=torch.float64),
+    ],
+    ids=lambda kwargs: ' '.join(f'{key}={value}' for key, value in kwargs.items()),
+)
 def test_warm_start_takes_the_arguments_that_timms_backbone_takes(timm_hub, kwargs):
     model = timm.create_model(WARM, pretrained=True, **kwargs).eval()
     kwargs.pop('regulated_stages', None)
@@ -250,12 +255,15 @@ def test_absent_repository_is_named(hub):
     assert WARM in message and 'owner/absent' in message and 'check the connection and the name' in message
 
 
-@pytest.mark.parametrize('kwargs, key', [
-    (dict(), 'layer1.1.conv1.weight'),
-    (dict(num_classes=7), 'layer1.1.conv1.weight'),  # where timm adapts the classifier, it lets anything pass
-    (dict(features_only=True), 'layer1.1.conv1.weight'),
-    (dict(shortcut='none'), 'layer2.0.downsample'),
-])
+@pytest.mark.parametrize(
+    'kwargs, key',
+    [
+        (dict(), 'layer1.1.conv1.weight'),
+        (dict(num_classes=7), 'layer1.1.conv1.weight'),  # where timm adapts the classifier, it lets anything pass
+        (dict(features_only=True), 'layer1.1.conv1.weight'),
+        (dict(shortcut='none'), 'layer2.0.downsample'),
+    ],
+)
 def test_warm_start_refuses_another_network(hub, resnet18, tmp_path, kwargs, key):
     state_dict = dict(resnet18[0].state_dict())
     if 'shortcut' not in kwargs:
@@ -374,7 +382,8 @@ def folder(packaged, tmp_path, monkeypatch):
 def load_registered(folder, **kwargs):
     """As create_model(MODEL, pretrained=True) once the registry has read the folder of weights."""
     return timm.create_model(
-        MODEL, pretrained=True, pretrained_cfg=pretrained.trained_cfgs()[folder.name], **kwargs).eval()
+        MODEL, pretrained=True, pretrained_cfg=pretrained.trained_cfgs()[folder.name], **kwargs
+    ).eval()
 
 
 def load_from_folder(folder, **kwargs):
@@ -432,8 +441,13 @@ print(json.dumps([
 def python(code, *args, cwd, **env):
     """Runs code in a fresh process whose packages are those in `cwd` and this one's."""
     return subprocess.run(
-        [sys.executable, '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300,
-        env={**os.environ, 'PYTHONPATH': str(cwd), **env})
+        [sys.executable, '-c', code, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, 'PYTHONPATH': str(cwd), **env},
+    )
 
 
 def test_installed_package_finds_the_weights_inside_itself(trained, packaged, hub, tmp_path):
@@ -507,6 +521,7 @@ def edit(change):
         change(state_dict)
         safetensors.torch.save_file(state_dict, file)
         resign(file.parent)
+
     return damage
 
 
@@ -527,19 +542,33 @@ def replace_by_the_plain_network(file):
 
 @BOTH
 @pytest.mark.parametrize('kwargs', [{}, dict(num_classes=9)], ids=['as it is', 'other classes'])
-@pytest.mark.parametrize('damage, message', [
-    (flip_a_bit, 'model.safetensors has SHA-256'),
-    (truncate, 'model.safetensors has SHA-256'),
-    (truncate_and_resign, 'Error while deserializing header'),
-    (Path.unlink, 'No such file'),
-    (edit(lambda s: s.pop('layer2.0.regulator_bn.weight')), '1 weights are missing: layer2.0.regulator_bn.weight.'),
-    (edit(lambda s: s.update(extra=torch.ones(1))), '1 weights are unexpected: extra.'),
-    (edit(lambda s: s.update({'layer1.0.bn1.weight': torch.ones(9)})), 'size mismatch for layer1.0.bn1.weight'),
-    (edit(lambda s: s['layer3.2.conv2.weight'][0, 0].fill_(torch.nan)), 'not finite: layer3.2.conv2.weight.'),
-    (replace_by_another_cell, 'size mismatch for layer1.regulator'),
-    (replace_by_the_plain_network, 'weights are missing: layer1.0.regulator_bn.weight'),
-], ids=['bit flipped', 'truncated', 'truncated, no hash', 'no file', 'missing key', 'extra key', 'shape', 'NaN', 'cell',
-        'plain'])
+@pytest.mark.parametrize(
+    'damage, message',
+    [
+        (flip_a_bit, 'model.safetensors has SHA-256'),
+        (truncate, 'model.safetensors has SHA-256'),
+        (truncate_and_resign, 'Error while deserializing header'),
+        (Path.unlink, 'No such file'),
+        (edit(lambda s: s.pop('layer2.0.regulator_bn.weight')), '1 weights are missing: layer2.0.regulator_bn.weight.'),
+        (edit(lambda s: s.update(extra=torch.ones(1))), '1 weights are unexpected: extra.'),
+        (edit(lambda s: s.update({'layer1.0.bn1.weight': torch.ones(9)})), 'size mismatch for layer1.0.bn1.weight'),
+        (edit(lambda s: s['layer3.2.conv2.weight'][0, 0].fill_(torch.nan)), 'not finite: layer3.2.conv2.weight.'),
+        (replace_by_another_cell, 'size mismatch for layer1.regulator'),
+        (replace_by_the_plain_network, 'weights are missing: layer1.0.regulator_bn.weight'),
+    ],
+    ids=[
+        'bit flipped',
+        'truncated',
+        'truncated, no hash',
+        'no file',
+        'missing key',
+        'extra key',
+        'shape',
+        'NaN',
+        'cell',
+        'plain',
+    ],
+)
 def test_bad_weights_are_refused_by_name(folder, load, kwargs, damage, message):
     damage(folder / 'model.safetensors')
     with pytest.raises(RuntimeError) as error:

@@ -1,4 +1,5 @@
 """`publish`, and loading what was published, with the real huggingface_hub client against a local Hub."""
+
 import json
 import shutil
 import subprocess
@@ -12,10 +13,10 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from timm_regnet_reg import publish as publish_module
 from timm_regnet_reg.__main__ import main
+from timm_regnet_reg.commands import publish as publish_module
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.package import FILES, check_folder
+from timm_regnet_reg.support.folder import FILES, check_folder
 
 ROOT = Path(__file__).parents[1]
 OTHER = {'README.md': b'---\nlicense: mit\n---\n', 'model.safetensors': b'older weights', 'notes.txt': b'mine'}
@@ -24,9 +25,11 @@ OTHER = {'README.md': b'---\nlicense: mit\n---\n', 'model.safetensors': b'older 
 @pytest.fixture
 def publish(packaged, capsys):
     """Runs the command. Returns exit code, stdout and stderr."""
+
     def run(*flags, folder=packaged, repo_id='owner/tiny'):
         code = main(['publish', str(folder), '--repo-id', repo_id, *flags])
         return (code, *capsys.readouterr())
+
     return run
 
 
@@ -37,7 +40,8 @@ def sent(folder):
 def python(code, env, *args):
     """Runs code in a fresh process, as a user would; returns what it prints last, read as JSON."""
     run = subprocess.run(
-        [sys.executable, '-c', code, *map(str, args)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        [sys.executable, '-c', code, *map(str, args)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -52,11 +56,14 @@ except Exception as e:
     error = repr(e)
 print(json.dumps([model(images).tolist(), error]))
 """
-PUBLISH_AND_LOAD = """
+PUBLISH_AND_LOAD = (
+    """
 import sys
 from timm_regnet_reg.__main__ import main
 assert main(['publish', sys.argv[2], '--repo-id', 'owner/tiny']) == 0
-""" + LOAD
+"""
+    + LOAD
+)
 
 
 def test_published_model_loads_from_the_hub_then_offline_from_the_cache(trained, packaged, hub, tmp_path):
@@ -66,7 +73,8 @@ def test_published_model_loads_from_the_hub_then_offline_from_the_cache(trained,
     expected = trained.model(images).tolist()
 
     outputs, error = python(
-        PUBLISH_AND_LOAD, hub.env(tmp_path / 'home', token='hf_owner'), tmp_path / 'images', packaged)
+        PUBLISH_AND_LOAD, hub.env(tmp_path / 'home', token='hf_owner'), tmp_path / 'images', packaged
+    )
     assert hub.files('owner/tiny').items() >= sent(packaged).items()
     assert outputs == expected and 'RepositoryNotFoundError' in error
 
@@ -148,9 +156,15 @@ def test_dry_run_shows_everything_and_touches_no_network(packaged, hub, publish)
     assert (packaged / 'README.md').read_text().strip() in out
 
 
-@pytest.mark.parametrize('repo_id, words', [
-    ('tiny', 'has no owner; expected OWNER/NAME'), ('a/b/c', "'a/b/c'"), ('owner/', 'owner/'), ('owner/a b', 'a b'),
-])
+@pytest.mark.parametrize(
+    'repo_id, words',
+    [
+        ('tiny', 'has no owner; expected OWNER/NAME'),
+        ('a/b/c', "'a/b/c'"),
+        ('owner/', 'owner/'),
+        ('owner/a b', 'a b'),
+    ],
+)
 def test_repo_id_must_name_owner_and_repository(hub, publish, repo_id, words):
     code, _, err = publish(repo_id=repo_id)
     assert code == 1 and '--repo-id' in err and words in err and hub.requests == []
@@ -163,10 +177,15 @@ def test_spoiled_folder_never_reaches_the_hub(packaged, hub, publish, tmp_path):
     assert code == 1 and 'pickles (pytorch_model.bin)' in err and hub.requests == []
 
 
-@pytest.mark.parametrize('token, repo_id, words', [
-    ('', 'owner/tiny', '401'), ('hf_wrong', 'owner/tiny', '401'), ('hf_reader', 'owner/tiny', '403'),
-    ('hf_owner', 'someone/tiny', '403'),
-])
+@pytest.mark.parametrize(
+    'token, repo_id, words',
+    [
+        ('', 'owner/tiny', '401'),
+        ('hf_wrong', 'owner/tiny', '401'),
+        ('hf_reader', 'owner/tiny', '403'),
+        ('hf_owner', 'someone/tiny', '403'),
+    ],
+)
 @pytest.mark.parametrize('exists', [False, True])
 def test_without_the_right_to_write_nothing_changes(hub, publish, monkeypatch, token, repo_id, words, exists):
     monkeypatch.setenv('HF_TOKEN', token)
@@ -179,8 +198,17 @@ def test_without_the_right_to_write_nothing_changes(hub, publish, monkeypatch, t
 
 
 FAULTS = [
-    ('500', 'info'), ('500', 'preupload'), ('500', 'batch'), ('500', 'upload'), ('500', 'commit'), ('500', 'read'),
-    ('drop', 'info'), ('drop', 'upload'), ('drop', 'commit'), ('drop', 'read'), ('corrupt', 'read'),
+    ('500', 'info'),
+    ('500', 'preupload'),
+    ('500', 'batch'),
+    ('500', 'upload'),
+    ('500', 'commit'),
+    ('500', 'read'),
+    ('drop', 'info'),
+    ('drop', 'upload'),
+    ('drop', 'commit'),
+    ('drop', 'read'),
+    ('corrupt', 'read'),
 ]
 
 

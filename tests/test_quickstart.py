@@ -2,6 +2,7 @@
 
 It starts from the packaged weights, or from untrained ones in a folder of the same form where those are missing.
 """
+
 import re
 import sys
 
@@ -12,12 +13,12 @@ import torch
 from conftest import MODEL
 from timm.data import create_transform, resolve_data_config
 
-from timm_regnet_reg import quickstart as command
 from timm_regnet_reg.__main__ import main
+from timm_regnet_reg.commands import quickstart as command
+from timm_regnet_reg.commands.quickstart import Digits, quickstart
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.package import FILES, Score, check_folder, model_card, save_folder
 from timm_regnet_reg.pretrained import WEIGHTS_FOLDER
-from timm_regnet_reg.quickstart import Digits, quickstart
+from timm_regnet_reg.support.folder import FILES, Score, check_folder, model_card, save_folder
 
 CIFAR10 = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 NAME = f'{MODEL}.digits'
@@ -30,7 +31,7 @@ def start(tmp_path_factory):
         return MODEL
     torch.manual_seed(0)
     model = timm.create_model(MODEL)
-    card = model_card(f'{MODEL}.none', Score(10., 50., 1, CIFAR10), 'none', 'apache-2.0', {}, 'Nothing to reproduce.')
+    card = model_card(f'{MODEL}.none', Score(10.0, 50.0, 1, CIFAR10), 'none', 'apache-2.0', {}, 'Nothing to reproduce.')
     folder = tmp_path_factory.mktemp('start') / f'{MODEL}.none'
     return f'local-dir:{save_folder(model, folder, "none", card, CIFAR10, "apache-2.0")}'
 

@@ -6,6 +6,7 @@ TIMM_TRAIN_SCRIPT, and are skipped when that isn't set:
     git clone --depth 1 https://github.com/huggingface/pytorch-image-models
     TIMM_TRAIN_SCRIPT=$PWD/pytorch-image-models/train.py pytest tests/test_recipes.py
 """
+
 import argparse
 import copy
 import importlib.util
@@ -87,17 +88,20 @@ def test_every_key_is_an_option_of_train_py_and_has_its_type(name, train_parser)
     assert not {key: value for key, value in recipe.items() if not fits(value, actions[key])}
 
 
-@pytest.mark.parametrize('option, value', [
-    ('lr', '5e-3'),  # what YAML makes of 5e-3
-    ('epochs', 1.5),
-    ('epochs', True),
-    ('amp', 1),
-    ('decay_milestones', '82 123'),
-    ('decay_milestones', [82, '123']),
-    ('input_size', [3, 32]),
-    ('opt_kwargs', 'nesterov=True'),
-    ('train_size_schedule', 'linear'),
-])
+@pytest.mark.parametrize(
+    'option, value',
+    [
+        ('lr', '5e-3'),  # what YAML makes of 5e-3
+        ('epochs', 1.5),
+        ('epochs', True),
+        ('amp', 1),
+        ('decay_milestones', '82 123'),
+        ('decay_milestones', [82, '123']),
+        ('input_size', [3, 32]),
+        ('opt_kwargs', 'nesterov=True'),
+        ('train_size_schedule', 'linear'),
+    ],
+)
 def test_the_type_check_refuses(option, value, train_parser):
     action = next(action for action in train_parser._actions if action.dest == option)
     assert not fits(value, action)
@@ -117,7 +121,7 @@ def test_commands_in_the_comments_name_real_models_and_options(name, train_scrip
         script = next(word for word in command if word in ('train.py', 'validate.py'))
         module = load_script(train_script.with_name(script))
         parser = module.parser
-        args = ['10' if word == 'N' else word for word in command[command.index(script) + 1:]]
+        args = ['10' if word == 'N' else word for word in command[command.index(script) + 1 :]]
         if script == 'train.py':
             config, args = module.config_parser.parse_known_args(args)
             assert (ROOT / config.config).samefile(RECIPES[name])
@@ -177,20 +181,45 @@ def test_short_cifar_schedule_warms_up_and_ends_at_zero():
     assert rates[15] == pytest.approx(0, abs=1e-8)
 
 
-@pytest.mark.parametrize('name, epochs, lr, weight_decay, smoothing, drop_path, repeats, aa, mixup, size', [
-    ('imagenet_a1', 600, 5e-3, 0.01, 0.1, 0.05, 3, 'rand-m7-mstd0.5-inc1', 0.2, None),
-    ('imagenet_a2', 300, 5e-3, 0.02, 0.0, 0.05, 3, 'rand-m7-mstd0.5-inc1', 0.1, None),
-    ('imagenet_a3', 100, 8e-3, 0.02, 0.0, None, None, 'rand-m6-mstd0.5-inc1', 0.1, 160),
-])
+@pytest.mark.parametrize(
+    'name, epochs, lr, weight_decay, smoothing, drop_path, repeats, aa, mixup, size',
+    [
+        ('imagenet_a1', 600, 5e-3, 0.01, 0.1, 0.05, 3, 'rand-m7-mstd0.5-inc1', 0.2, None),
+        ('imagenet_a2', 300, 5e-3, 0.02, 0.0, 0.05, 3, 'rand-m7-mstd0.5-inc1', 0.1, None),
+        ('imagenet_a3', 100, 8e-3, 0.02, 0.0, None, None, 'rand-m6-mstd0.5-inc1', 0.1, 160),
+    ],
+)
 def test_strikes_back_recipes_hold_the_papers_figures(
-        name, epochs, lr, weight_decay, smoothing, drop_path, repeats, aa, mixup, size,
+    name,
+    epochs,
+    lr,
+    weight_decay,
+    smoothing,
+    drop_path,
+    repeats,
+    aa,
+    mixup,
+    size,
 ):
     """Wightman et al. (arXiv 2110.00476), table 2."""
     recipe = load(name)
     paper = dict(
-        epochs=epochs, lr_base=lr, lr_base_size=2048, weight_decay=weight_decay, smoothing=smoothing,
-        drop_path=drop_path, aug_repeats=repeats, aa=aa, mixup=mixup, img_size=size,
-        opt='lamb', sched='cosine', warmup_epochs=5, bce_loss=True, cutmix=1.0, crop_pct=0.95,
+        epochs=epochs,
+        lr_base=lr,
+        lr_base_size=2048,
+        weight_decay=weight_decay,
+        smoothing=smoothing,
+        drop_path=drop_path,
+        aug_repeats=repeats,
+        aa=aa,
+        mixup=mixup,
+        img_size=size,
+        opt='lamb',
+        sched='cosine',
+        warmup_epochs=5,
+        bce_loss=True,
+        cutmix=1.0,
+        crop_pct=0.95,
     )
     assert {key: recipe.get(key) for key in paper} == paper
     assert recipe['batch_size'] * 8 == recipe['lr_base_size']
@@ -251,10 +280,25 @@ def test_cifar_recipe_needs_nothing_but_model_and_data(train_script, tmp_path):
                 gray(32, value=60 + 120 * label + index).save(folder / f'{index}.png')
     result = subprocess.run(
         [
-            sys.executable, str(train_script), '--config', str(RECIPES['cifar10']),
-            '--model', CIFAR_MODEL, '--data-dir', str(tmp_path),
+            sys.executable,
+            str(train_script),
+            '--config',
+            str(RECIPES['cifar10']),
+            '--model',
+            CIFAR_MODEL,
+            '--data-dir',
+            str(tmp_path),
             # for the sake of the test's machine
-            '--device', 'cpu', '--workers', '0', '--batch-size', '4', '--epochs', '1', '--output', str(tmp_path / 'out'),
+            '--device',
+            'cpu',
+            '--workers',
+            '0',
+            '--batch-size',
+            '4',
+            '--epochs',
+            '1',
+            '--output',
+            str(tmp_path / 'out'),
         ],
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
         capture_output=True,

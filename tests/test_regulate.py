@@ -1,4 +1,5 @@
 """`regulate`: a ResNet of timm's becomes a regulated one with the same weights and outputs."""
+
 import copy
 
 import pytest
@@ -70,10 +71,15 @@ def difference(actual, expected):
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize('kind, cell', [
-    (kind, cell) for i, kind in enumerate(BACKBONES) for j, cell in enumerate(CELLS)
-    if i % 3 == j or kind in ('one block a stage, of both kinds', 'basic', 'd', 'cifar')
-])
+@pytest.mark.parametrize(
+    'kind, cell',
+    [
+        (kind, cell)
+        for i, kind in enumerate(BACKBONES)
+        for j, cell in enumerate(CELLS)
+        if i % 3 == j or kind in ('one block a stage, of both kinds', 'basic', 'd', 'cifar')
+    ],
+)
 def test_outputs_are_unchanged_and_so_is_the_given_network(kind, cell):
     model = backbone(kind)
     before = copy.deepcopy(model)
@@ -105,8 +111,10 @@ def test_a_fresh_network_takes_part_too():
 
 
 @pytest.mark.parametrize('cell', CELLS)
-@pytest.mark.parametrize('kind', [
-    'one block a stage, of both kinds', 'basic', 'd', 'senet', 'anti-aliased by blurring', 'cifar', 'dilated to 8'])
+@pytest.mark.parametrize(
+    'kind',
+    ['one block a stage, of both kinds', 'basic', 'd', 'senet', 'anti-aliased by blurring', 'cifar', 'dilated to 8'],
+)
 def test_gradients_reach_every_regulator_from_the_first_step(kind, cell):
     regulated = regulate(backbone(kind), cell).train()
     regulated(images(regulated, 8)).square().mean().backward()
@@ -204,6 +212,7 @@ def test_batch_statistics_move_the_outputs_far_less_than_with_a_unit_batch_norm(
 
 # What is kept
 
+
 def test_mode_and_frozen_parameters_are_kept():
     model = backbone('d').train()
     model.layer1.eval()
@@ -245,14 +254,17 @@ def test_settings_of_batch_norm_are_kept():
     assert isinstance(regulate(synced).layer1[0].fusion_bn, nn.SyncBatchNorm)
 
 
-@pytest.mark.parametrize('kind, stages, found', [
-    ('d', (1,), [1]),
-    ('d', [4, 2], [2, 4]),
-    ('d', (), []),
-    ('d', None, [1, 2, 3, 4]),
-    ('cifar', (3,), [3]),
-    ('cifar', None, [1, 2, 3]),
-])
+@pytest.mark.parametrize(
+    'kind, stages, found',
+    [
+        ('d', (1,), [1]),
+        ('d', [4, 2], [2, 4]),
+        ('d', (), []),
+        ('d', None, [1, 2, 3, 4]),
+        ('cifar', (3,), [3]),
+        ('cifar', None, [1, 2, 3]),
+    ],
+)
 def test_only_the_stages_asked_for(kind, stages, found):
     model = backbone(kind)
     regulated = regulate(model, stages=stages)
@@ -273,10 +285,13 @@ def test_the_result_is_the_registered_network():
         x = images(regulated)
         with torch.no_grad():
             assert torch.equal(registered(x), regulated(x))
-            assert all(torch.equal(a, b) for a, b in zip(
-                registered.forward_intermediates(x, intermediates_only=True),
-                regulated.forward_intermediates(x, intermediates_only=True),
-            ))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(
+                    registered.forward_intermediates(x, intermediates_only=True),
+                    regulated.forward_intermediates(x, intermediates_only=True),
+                )
+            )
             assert difference(torch.jit.script(regulated)(x), regulated(x)) < 1e-5
         assert regulated.default_cfg['architecture'] == name
         regulated.set_grad_checkpointing()
@@ -285,6 +300,7 @@ def test_the_result_is_the_registered_network():
 
 
 # What is refused
+
 
 def pruned():
     model = timm.create_model('resnet18')
@@ -296,25 +312,40 @@ class Grandchild(ResNet):
     pass
 
 
-@pytest.mark.parametrize('make, error, what', [
-    (lambda: timm.create_model('test_vit'), TypeError, 'VisionTransformer'),
-    (lambda: timm.create_model('resnet18', features_only=True), TypeError, 'FeatureListNet'),
-    (lambda: timm.create_model('resnet18', features_only=True, feature_cls='getter'), TypeError, 'FeatureGetterNet'),
-    (lambda: timm.create_model('regnetx_002'), TypeError, 'RegNet'),
-    (lambda: timm.create_model('skresnet18'), TypeError, 'SelectiveKernelBasic'),
-    (lambda: Grandchild(timm.models.resnet.BasicBlock, (1, 1, 1, 1)), TypeError, 'Grandchild'),
-    (lambda: nn.DataParallel(timm.create_model('resnet18')), TypeError, 'DataParallel'),
-    (lambda: torch.jit.script(timm.create_model('test_resnet')), TypeError, 'RecursiveScriptModule'),
-    (lambda: regulate(timm.create_model('resnet18')), ValueError, 'layer1.*regulated already'),
-    (lambda: timm.create_model('regnet_reg_resnet20_convgru', regulated_stages=(2,)), ValueError, 'layer2.*regulated already'),
-    (pruned, ValueError, 'layer3.*pruned'),
-    (lambda: timm.create_model('resnet50_gn', **TINY, norm_layer='groupnorm1'), TypeError, 'layer1.*GroupNorm1'),
-    (lambda: timm.layers.freeze_batch_norm_2d(timm.create_model('test_resnet')), TypeError, 'layer1.*Frozen'),
-    (lambda: timm.create_model('resnet18', norm_layer=lambda n, **kw: nn.BatchNorm2d(n, affine=False, **kw)), TypeError,
-     'layer1.*BatchNorm2d'),
-    (lambda: timm.create_model('resnet18', act_layer='silu'), TypeError, 'layer1.*SiLU'),
-    (lambda: 'resnet18', TypeError, 'str'),
-], ids=lambda value: value if isinstance(value, str) else '')
+@pytest.mark.parametrize(
+    'make, error, what',
+    [
+        (lambda: timm.create_model('test_vit'), TypeError, 'VisionTransformer'),
+        (lambda: timm.create_model('resnet18', features_only=True), TypeError, 'FeatureListNet'),
+        (
+            lambda: timm.create_model('resnet18', features_only=True, feature_cls='getter'),
+            TypeError,
+            'FeatureGetterNet',
+        ),
+        (lambda: timm.create_model('regnetx_002'), TypeError, 'RegNet'),
+        (lambda: timm.create_model('skresnet18'), TypeError, 'SelectiveKernelBasic'),
+        (lambda: Grandchild(timm.models.resnet.BasicBlock, (1, 1, 1, 1)), TypeError, 'Grandchild'),
+        (lambda: nn.DataParallel(timm.create_model('resnet18')), TypeError, 'DataParallel'),
+        (lambda: torch.jit.script(timm.create_model('test_resnet')), TypeError, 'RecursiveScriptModule'),
+        (lambda: regulate(timm.create_model('resnet18')), ValueError, 'layer1.*regulated already'),
+        (
+            lambda: timm.create_model('regnet_reg_resnet20_convgru', regulated_stages=(2,)),
+            ValueError,
+            'layer2.*regulated already',
+        ),
+        (pruned, ValueError, 'layer3.*pruned'),
+        (lambda: timm.create_model('resnet50_gn', **TINY, norm_layer='groupnorm1'), TypeError, 'layer1.*GroupNorm1'),
+        (lambda: timm.layers.freeze_batch_norm_2d(timm.create_model('test_resnet')), TypeError, 'layer1.*Frozen'),
+        (
+            lambda: timm.create_model('resnet18', norm_layer=lambda n, **kw: nn.BatchNorm2d(n, affine=False, **kw)),
+            TypeError,
+            'layer1.*BatchNorm2d',
+        ),
+        (lambda: timm.create_model('resnet18', act_layer='silu'), TypeError, 'layer1.*SiLU'),
+        (lambda: 'resnet18', TypeError, 'str'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
 def test_what_cannot_be_regulated_is_told_what_can(make, error, what):
     with pytest.raises(error, match=what) as raised:
         regulate(make())
@@ -322,14 +353,18 @@ def test_what_cannot_be_regulated_is_told_what_can(make, error, what):
         assert word in str(raised.value)
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(cell='lstm'), r"'lstm'.*convrnn, convgru, convlstm"),
-    (dict(cell=None), r'None.*convrnn, convgru, convlstm'),
-    (dict(stages=(0,)), r'\(0,\).*from 1 to 4'),
-    (dict(stages=(5, 1)), r'\(5, 1\).*from 1 to 4'),
-    (dict(stages=1), r'1.*tuple.*from 1 to 4'),
-    (dict(stages='1'), r"'1'.*tuple.*from 1 to 4"),
-], ids=str)
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(cell='lstm'), r"'lstm'.*convrnn, convgru, convlstm"),
+        (dict(cell=None), r'None.*convrnn, convgru, convlstm'),
+        (dict(stages=(0,)), r'\(0,\).*from 1 to 4'),
+        (dict(stages=(5, 1)), r'\(5, 1\).*from 1 to 4'),
+        (dict(stages=1), r'1.*tuple.*from 1 to 4'),
+        (dict(stages='1'), r"'1'.*tuple.*from 1 to 4"),
+    ],
+    ids=str,
+)
 def test_unknown_cells_and_stages_are_named(kwargs, message):
     model = timm.create_model('test_resnet')
     with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 One test runs timm's real validate.py, from the folder of the script that the environment variable TIMM_TRAIN_SCRIPT
 names (see test_recipes.py), and is skipped when that isn't set.
 """
+
 import importlib
 import json
 import os
@@ -37,11 +38,13 @@ def regnet_reg(*args):
 @pytest.fixture
 def script(tmp_path):
     """Writes a script to a folder of its own."""
+
     def write(text, name='script.py'):
         path = tmp_path / 'scripts' / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         return path
+
     return write
 
 
@@ -85,17 +88,26 @@ def test_wrong_usage_exits_with_2(args, in_process, capsys):
     assert 'usage: regnet-reg' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('error, code, message', [
-    (UserError('mend it'), 1, 'regnet-reg: error: mend it\n'),
-    (KeyboardInterrupt(), 130, ''),
-])
+@pytest.mark.parametrize(
+    'error, code, message',
+    [
+        (UserError('mend it'), 1, 'regnet-reg: error: mend it\n'),
+        (KeyboardInterrupt(), 130, ''),
+    ],
+)
 def test_error_of_a_command_is_told_in_a_line_and_by_the_exit_code(
-        error, code, message, in_process, monkeypatch, capsys, script,
+    error,
+    code,
+    message,
+    in_process,
+    monkeypatch,
+    capsys,
+    script,
 ):
     def fail(args):
         raise error
 
-    monkeypatch.setattr('timm_regnet_reg.run.main', fail)
+    monkeypatch.setattr('timm_regnet_reg.commands.run.main', fail)
     assert in_process('run', script('')) == code
     assert capsys.readouterr().err == message
 
@@ -180,8 +192,16 @@ def test_script_sees_the_models_starts_workers_and_exits_with_its_code(script):
 def test_torchrun_runs_the_script_in_every_process(script):
     path = script('import os, sys, timm; print(os.environ["RANK"], timm.is_model("cifar_resnet20"), sys.argv[1:])')
     result = python(
-        '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-        '-m', 'timm_regnet_reg', 'run', path, '--config', 'x',
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node=2',
+        '-m',
+        'timm_regnet_reg',
+        'run',
+        path,
+        '--config',
+        'x',
     )
     assert result.returncode == 0, result.stderr
     lines = sorted(result.stdout.splitlines())
@@ -203,8 +223,20 @@ def test_timms_validate_runs_with_our_models(tmp_path):
     torch.save(timm.create_model('regnet_reg_resnet20_convlstm').state_dict(), checkpoint)
 
     result = regnet_reg(
-        'run', validate_script, '--model', 'regnet_reg_resnet20_convlstm', '--data-dir', tmp_path,
-        '--checkpoint', checkpoint, '--device', 'cpu', '--workers', '1', '--batch-size', '2',
+        'run',
+        validate_script,
+        '--model',
+        'regnet_reg_resnet20_convlstm',
+        '--data-dir',
+        tmp_path,
+        '--checkpoint',
+        checkpoint,
+        '--device',
+        'cpu',
+        '--workers',
+        '1',
+        '--batch-size',
+        '2',
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.split('--result')[1])['param_count'] > 0.3

@@ -1,4 +1,5 @@
 """`table` and its counts, against torchvision's published figures and sums done by hand."""
+
 import argparse
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import timm
 import torch
 import torchvision
 
-from timm_regnet_reg import table
+from timm_regnet_reg.commands import table
 from timm_regnet_reg.regnet_reg import BACKBONES, CIFAR_BACKBONES
 
 README = Path(__file__).resolve().parents[1] / 'README.md'
@@ -30,17 +31,20 @@ def test_plain_networks_are_as_large_as_torchvision_says(backbone):
     assert all(p > parameters and m > multiply_adds for p, m in regulated)
 
 
-@pytest.mark.parametrize('cell, first_step, later_steps', [
-    ('convrnn', 9, 18),
-    ('convgru', 2 * 9, 3 * 18),  # without state there is nothing to reset
-    ('convlstm', 3 * 9, 4 * 18),  # nor to forget
-])
+@pytest.mark.parametrize(
+    'cell, first_step, later_steps',
+    [
+        ('convrnn', 9, 18),
+        ('convgru', 2 * 9, 3 * 18),  # without state there is nothing to reset
+        ('convlstm', 3 * 9, 4 * 18),  # nor to forget
+    ],
+)
 def test_multiply_adds_of_a_regulator_are_those_of_its_convolutions(cell, first_step, later_steps):
     """Of three blocks a stage: the gates' 3x3 kernels of X and of H, and the fusion's 2N to N channels."""
     _, plain = table._count('cifar_resnet20')
     _, regulated = table._count(f'regnet_reg_resnet20_{cell}')
     assert regulated - plain == sum(
-        N * size ** 2 * (first_step + 2 * later_steps) + 3 * 2 * N * N * size ** 2
+        N * size**2 * (first_step + 2 * later_steps) + 3 * 2 * N * N * size**2
         for N, size in ((16, 32), (32, 16), (64, 8))
     )
 

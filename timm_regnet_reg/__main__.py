@@ -1,4 +1,5 @@
 """The command line: ``python -m timm_regnet_reg COMMAND``, installed as ``regnet-reg COMMAND``, too."""
+
 import argparse
 import importlib
 import inspect
@@ -48,7 +49,7 @@ def _create_parser(command: Optional[str]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == command:
-            module = importlib.import_module(f'.{name}', __package__)
+            module = importlib.import_module(f'.commands.{name}', __package__)
             subparser.description = _doc(module)
             module.add_arguments(subparser)
             subparser.set_defaults(main=module.main)

@@ -4,6 +4,7 @@ A regulated block is timm's own block with three layers more, so its plain part 
 
 Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXiv 2101.00590).
 """
+
 import copy
 from typing import Callable, List, Optional, Tuple, Type
 
@@ -17,8 +18,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from .cells import FoldedCell, RegulatorCell
 from .eager import fusion
 
-__all__ = ['Fusion', 'PlainStage', 'RegulatedBasicBlock', 'RegulatedBottleneck', 'RegulatedStage', 'ZeroPadShortcut',
-           'ZeroShortcut', 'fold_batch_norms', 'regulate_block']
+__all__ = [
+    'Fusion',
+    'PlainStage',
+    'RegulatedBasicBlock',
+    'RegulatedBottleneck',
+    'RegulatedStage',
+    'ZeroPadShortcut',
+    'ZeroShortcut',
+    'fold_batch_norms',
+    'regulate_block',
+]
 
 BlockOutput = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
 
@@ -32,7 +42,7 @@ class Fusion(nn.Conv2d):
 
     def forward(self, X: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
         """X (B, N_X, height, width) and H (B, N_H, height, width) to (B, N_X, height, width)."""
-        return fusion(X, H, self.weight[:, :self.X_channels], self.weight[:, self.X_channels:], self.bias)
+        return fusion(X, H, self.weight[:, : self.X_channels], self.weight[:, self.X_channels :], self.bias)
 
 
 class ZeroPadShortcut(nn.Module):
@@ -45,7 +55,7 @@ class ZeroPadShortcut(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         before = self.new_channels // 2
-        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, before, self.new_channels - before))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
 
 
 class ZeroShortcut(nn.Module):
@@ -73,11 +83,11 @@ class RegulatedBasicBlock(_RegulatedBlock, BasicBlock):
     """timm's BasicBlock, regulated."""
 
     def forward(
-            self,
-            X1: torch.Tensor,
-            W: List[torch.Tensor],
-            H: Optional[torch.Tensor] = None,
-            C: Optional[torch.Tensor] = None,
+        self,
+        X1: torch.Tensor,
+        W: List[torch.Tensor],
+        H: Optional[torch.Tensor] = None,
+        C: Optional[torch.Tensor] = None,
     ) -> BlockOutput:
         """One time step of the stage's regulator.
 
@@ -102,11 +112,11 @@ class RegulatedBottleneck(_RegulatedBlock, Bottleneck):
     """timm's Bottleneck, regulated. Where the 3x3 strides, the cell reads X2 average-pooled to X3's size."""
 
     def forward(
-            self,
-            X1: torch.Tensor,
-            W: List[torch.Tensor],
-            H: Optional[torch.Tensor] = None,
-            C: Optional[torch.Tensor] = None,
+        self,
+        X1: torch.Tensor,
+        W: List[torch.Tensor],
+        H: Optional[torch.Tensor] = None,
+        C: Optional[torch.Tensor] = None,
     ) -> BlockOutput:
         """As RegulatedBasicBlock.forward."""
         X2 = self.act1(self.bn1(self.conv1(X1)))
@@ -122,9 +132,9 @@ REGULATED_BLOCKS = {BasicBlock: RegulatedBasicBlock, Bottleneck: RegulatedBottle
 
 
 def regulate_block(
-        block: nn.Module,
-        cell: Type[RegulatorCell],
-        norm_layer: Callable[..., nn.Module],
+    block: nn.Module,
+    cell: Type[RegulatorCell],
+    norm_layer: Callable[..., nn.Module],
 ) -> None:
     """Turn a timm block into its regulated class, in place: it keeps its layers and gains new ones.
 
@@ -144,8 +154,11 @@ def regulate_block(
     block.fusion_act = copy.deepcopy(block.act1)
     if isinstance(block, Bottleneck):
         # as the shortcut of a D variant pools: odd sizes match too
-        block.regulator_pool = nn.Identity() if block.stride == 1 else nn.AvgPool2d(
-            2, block.stride, ceil_mode=True, count_include_pad=False)
+        block.regulator_pool = (
+            nn.Identity()
+            if block.stride == 1
+            else nn.AvgPool2d(2, block.stride, ceil_mode=True, count_include_pad=False)
+        )
     nn.init.kaiming_normal_(block.fusion_conv.weight, mode='fan_out', nonlinearity='relu')
 
 
@@ -163,7 +176,8 @@ def fold_batch_norms(module: nn.Module) -> None:
         is_bn = type(child) in (nn.BatchNorm2d, nn.SyncBatchNorm) and child.running_mean is not None
         if is_bn and isinstance(before, nn.Conv2d):
             before.weight, before.bias = fuse_conv_bn_weights(
-                before.weight, before.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias)
+                before.weight, before.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias
+            )
             setattr(module, name, nn.Identity())
         before = child
         if type(child) is nn.Sequential:
@@ -173,6 +187,7 @@ def fold_batch_norms(module: nn.Module) -> None:
 
 class _Stage(nn.Module):
     """What regulated and plain stages have in common: `timm.utils.reparameterize_model` folds them for inference."""
+
     folded = False
 
     def reparameterize(self) -> None:
@@ -208,10 +223,10 @@ class RegulatedStage(_Stage):
     """
 
     def __init__(
-            self,
-            blocks: nn.Sequential,
-            cell: Type[RegulatorCell],
-            norm_layer: Callable[..., nn.Module],
+        self,
+        blocks: nn.Sequential,
+        cell: Type[RegulatorCell],
+        norm_layer: Callable[..., nn.Module],
     ) -> None:
         """
         Args:

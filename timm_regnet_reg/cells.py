@@ -2,13 +2,14 @@
 
 Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXiv 2101.00590).
 """
+
 from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
-from .equations import Kernels, State
 from .eager import convgru, convlstm, convrnn
+from .equations import Kernels, State
 
 __all__ = ['CELLS', 'ConvGRU', 'ConvLSTM', 'ConvRNN', 'FoldedCell', 'RegulatorCell']
 
@@ -27,6 +28,7 @@ class RegulatorCell(nn.Module):
     Parameters are stacked gate by gate, G gates of `channels` (N) rows each, in the order of `gates`:
     `pointwise` (G·N, 2, 1, 1), the weights of `(X_c, H_c)`; `depthwise` (G·N, 1, 3, 3); `bias` (G·N,).
     """
+
     gates: Tuple[str, ...] = ()
     update: Callable[..., State]
 
@@ -65,10 +67,10 @@ class RegulatorCell(nn.Module):
         return _by_gate(K_x, K_h, self.bias.clone(), self.rows, self.channels)
 
     def forward(
-            self,
-            X: torch.Tensor,
-            H: Optional[torch.Tensor] = None,
-            C: Optional[torch.Tensor] = None,
+        self,
+        X: torch.Tensor,
+        H: Optional[torch.Tensor] = None,
+        C: Optional[torch.Tensor] = None,
     ) -> State:
         """One time step.
 
@@ -85,18 +87,21 @@ class RegulatorCell(nn.Module):
 
 class ConvRNN(RegulatorCell):
     """H' = tanh(W_h * [X, H])"""
+
     gates = ('h',)
     update = staticmethod(convrnn)
 
 
 class ConvGRU(RegulatorCell):
     """z, r = σ(W_{z,r} * [X, H]);  H~ = tanh(W_h * [X, r ⊙ H]);  H' = (1 - z) ⊙ H + z ⊙ H~"""
+
     gates = ('z', 'r', 'h')
     update = staticmethod(convgru)
 
 
 class ConvLSTM(RegulatorCell):
     """i, f, o = σ(W_{i,f,o} * [X, H]);  g = tanh(W_g * [X, H]);  C' = f ⊙ C + i ⊙ g;  H' = o ⊙ tanh(C')"""
+
     gates = ('i', 'f', 'o', 'g')
     update = staticmethod(convlstm)
 

@@ -6,6 +6,7 @@ work is done in place, and the backward passes are written out: a ConvLSTM's kee
 the fourth again, where autograd would keep all of them, the activations beside them, and the temporaries between.
 torch.compile compiles both passes as they are written here.
 """
+
 from contextlib import nullcontext
 from typing import Any, Callable, ContextManager, List, Optional, Tuple
 
@@ -28,6 +29,7 @@ sigmoid_backward = torch.ops.aten.sigmoid_backward
 tanh_backward = torch.ops.aten.tanh_backward
 
 if onednn_add_conv_ is not None and onednn_add_conv_ not in flop_registry:
+
     @register_flop_formula(onednn_add_conv_)
     def _add_conv_flop(total_shape, x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
         return conv_flop_count(x_shape, w_shape, out_shape)
@@ -38,7 +40,10 @@ def _onednn_adds(out: torch.Tensor, x: torch.Tensor) -> bool:
     if onednn_add_conv_ is None or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
         return False
     return all(
-        type(t) is torch.Tensor and t.device.type == 'cpu' and t.dtype == torch.float32 and t.numel() > 0
+        type(t) is torch.Tensor
+        and t.device.type == 'cpu'
+        and t.dtype == torch.float32
+        and t.numel() > 0
         and t.is_contiguous(memory_format=torch.channels_last)
         for t in (out, x)
     )
@@ -48,8 +53,7 @@ def add_conv_(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tens
     """`out += w * x` in place, for an odd kernel, stride 1, and the padding that keeps the size."""
     padding, groups = w.shape[2] // 2, x.shape[1] // w.shape[1]
     if _onednn_adds(out, x):
-        return onednn_add_conv_(
-            out, x, w, None, (padding, padding), (1, 1), (1, 1), groups, 'add', 1.0, None, [], None)
+        return onednn_add_conv_(out, x, w, None, (padding, padding), (1, 1), (1, 1), groups, 'add', 1.0, None, [], None)
     return out.add_(F.conv2d(x, w, padding=padding, groups=groups))
 
 
@@ -83,14 +87,14 @@ def tanh_backward_(g: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def conv_backward(
-        gate: int,
-        delta: torch.Tensor,
-        X: torch.Tensor,
-        H: OptTensor,
-        W: Kernels,
-        dX: OptTensor,
-        dH: OptTensor,
-        dW: List[OptTensor],
+    gate: int,
+    delta: torch.Tensor,
+    X: torch.Tensor,
+    H: OptTensor,
+    W: Kernels,
+    dX: OptTensor,
+    dH: OptTensor,
+    dW: List[OptTensor],
 ) -> Tuple[torch.Tensor, OptTensor]:
     """Given delta, the gradient of `conv`'s result, add those of X and H to dX and dH, and put those of W into dW."""
 
@@ -100,7 +104,8 @@ def conv_backward(
 
     def of_kernel(x: torch.Tensor, w: torch.Tensor) -> List[torch.Tensor]:
         return torch.ops.aten.convolution_backward(
-            delta, x, w, w.shape[:1], (1, 1), (1, 1), (1, 1), False, (0, 0), w.shape[0], (False, True, x is X))[1:]
+            delta, x, w, w.shape[:1], (1, 1), (1, 1), (1, 1), False, (0, 0), w.shape[0], (False, True, x is X)
+        )[1:]
 
     W_x, W_h = W[3 * gate], W[3 * gate + 1]
     dX = add_transpose(dX, W_x)
@@ -143,7 +148,7 @@ class ConvGRUStep:
         if H is None:
             dX, _ = conv_backward(2, tanh_backward_(gh, h), X, None, W, None, None, dW)
             return *conv_backward(0, sigmoid_backward_(gH * h, z), X, None, W, dX, None, dW), None
-        r, = rest
+        (r,) = rest
         dH = gH - gh
         dX, drH = conv_backward(2, tanh_backward_(gh, h), X, r * H, W, None, None, dW)
         dH.addcmul_(drH, r)
@@ -181,7 +186,7 @@ class ConvLSTMStep:
         dX, dH = conv_backward(3, tanh_backward_(dC * i, g), X, H, W, dX, dH, dW)
         if C is None:
             return dX, dH, None
-        f, = rest
+        (f,) = rest
         dX, dH = conv_backward(1, sigmoid_backward_(dC * C, f), X, H, W, dX, dH, dW)
         return dX, dH, dC.mul_(f)
 
@@ -203,7 +208,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gH: OptTensor, gC: OptTensor, *_: None) -> Tuple[OptTensor, ...]:
         X, H, C, *rest = ctx.saved_tensors
-        W, (H_new, C_new, *gates) = rest[:ctx.kernels], rest[ctx.kernels:]
+        W, (H_new, C_new, *gates) = rest[: ctx.kernels], rest[ctx.kernels :]
         if torch.is_grad_enabled() or _batched(gH) or _batched(gC):  # to be differentiated in turn, or many at once
             return None, *_gradients_by_equations(ctx.cell.equations, X, H, C, W, gH, gC)
         if gH is None:
@@ -214,8 +219,11 @@ class _Step(torch.autograd.Function):
 
 
 def _batched(g: OptTensor) -> bool:
-    return g is not None and not torch.compiler.is_compiling() and (
-        torch._C._functorch.is_batchedtensor(g) or torch._C._functorch.is_legacy_batchedtensor(g))
+    return (
+        g is not None
+        and not torch.compiler.is_compiling()
+        and (torch._C._functorch.is_batchedtensor(g) or torch._C._functorch.is_legacy_batchedtensor(g))
+    )
 
 
 def _without_autocast(device: str) -> ContextManager:
@@ -223,13 +231,13 @@ def _without_autocast(device: str) -> ContextManager:
 
 
 def _gradients_by_equations(
-        update: Callable[..., State],
-        X: torch.Tensor,
-        H: OptTensor,
-        C: OptTensor,
-        W: Kernels,
-        gH: OptTensor,
-        gC: OptTensor,
+    update: Callable[..., State],
+    X: torch.Tensor,
+    H: OptTensor,
+    C: OptTensor,
+    W: Kernels,
+    gH: OptTensor,
+    gC: OptTensor,
 ) -> Tuple[OptTensor, ...]:
     """Gradients of X, H, C and W through an update of `equations`; differentiable in turn if gradients are enabled."""
     differentiable = torch.is_grad_enabled()
@@ -238,15 +246,20 @@ def _gradients_by_equations(
         inputs = [x if x is None else x.view_as(x) for x in (X, H, C, *W)]
         wanted = [x for x in inputs if x is not None and x.requires_grad]
         results = [(y, g) for y, g in zip(update(*inputs[:3], inputs[3:]), (gH, gC)) if g is not None]
-        gradients = iter(torch.autograd.grad(
-            [y for y, _ in results], wanted, [g for _, g in results], create_graph=differentiable, allow_unused=True))
+        gradients = iter(
+            torch.autograd.grad(
+                [y for y, _ in results], wanted, [g for _, g in results], create_graph=differentiable, allow_unused=True
+            )
+        )
     return tuple(next(gradients) if x is not None and x.requires_grad else None for x in inputs)
 
 
 def _takes_equations(X: torch.Tensor) -> bool:
     """Whether something looks on that has to see plain operations: an exporter, a tracer, torch.func or forward AD."""
     if (
-        torch.jit.is_tracing() or isinstance(X, torch.fx.Proxy) or torch._C._are_functorch_transforms_active()
+        torch.jit.is_tracing()
+        or isinstance(X, torch.fx.Proxy)
+        or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     ):
         return True
@@ -292,7 +305,8 @@ class _Fusion(torch.autograd.Function):
 
         def of_conv(x: torch.Tensor, w: torch.Tensor, *wanted: bool) -> List[OptTensor]:
             return torch.ops.aten.convolution_backward(
-                g, x, w, w.shape[:1], (1, 1), (0, 0), (1, 1), False, (0, 0), 1, wanted)
+                g, x, w, w.shape[:1], (1, 1), (0, 0), (1, 1), False, (0, 0), 1, wanted
+            )
 
         dX, dW_X, db = of_conv(X, W_X, of_X, of_W_X, of_b)
         dH, dW_H, _ = of_conv(H, W_H, of_H, of_W_H, False)
@@ -300,8 +314,9 @@ class _Fusion(torch.autograd.Function):
 
 
 def _fusion(X: torch.Tensor, H: torch.Tensor, W_X: torch.Tensor, W_H: torch.Tensor, b: OptTensor) -> torch.Tensor:
-    return equations.fusion(X, H, W_X, W_H, b) if _takes_equations(X) else _with_autocast(
-        _Fusion.apply, X, H, W_X, W_H, b)
+    return (
+        equations.fusion(X, H, W_X, W_H, b) if _takes_equations(X) else _with_autocast(_Fusion.apply, X, H, W_X, W_H, b)
+    )
 
 
 def convrnn(X: torch.Tensor, H: OptTensor, C: OptTensor, W: Kernels) -> State:

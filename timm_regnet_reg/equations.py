@@ -7,6 +7,7 @@ Depthwise convolutions have fast kernels on every device; grouped ones with two 
 
 Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXiv 2101.00590).
 """
+
 from typing import List, Optional, Tuple
 
 import torch
@@ -50,11 +51,11 @@ def convlstm(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tenso
 
 
 def fusion(
-        X: torch.Tensor,
-        H: torch.Tensor,
-        W_X: torch.Tensor,
-        W_H: torch.Tensor,
-        b: Optional[torch.Tensor],
+    X: torch.Tensor,
+    H: torch.Tensor,
+    W_X: torch.Tensor,
+    W_H: torch.Tensor,
+    b: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """`W * [X, H]` with a 1x1 kernel in two parts, (N_X, N_X, 1, 1) for X and (N_X, N_H, 1, 1) for H."""
     return F.conv2d(X, W_X, b) + F.conv2d(H, W_H)

@@ -2,6 +2,7 @@
 
 Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXiv 2101.00590).
 """
+
 import copy
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
@@ -26,18 +27,19 @@ class RegulatedResNet(ResNet):
     The state dict is timm's plus, in each regulated stage, the cell (`layer1.regulator.*`) and in each of its blocks
     the normalised state (`regulator_bn`) and the fusion (`fusion_conv`, `fusion_bn`). No state outlives a forward.
     """
+
     shortcuts: Tuple[str, ...] = ('conv', 'none')
 
     def __init__(
-            self,
-            block: Union[Type[BasicBlock], Type[Bottleneck]],
-            layers: Tuple[int, ...],
-            cell: str = 'convlstm',
-            regulated_stages: Optional[Sequence[int]] = None,
-            shortcut: str = 'conv',
-            norm_layer: LayerType = nn.BatchNorm2d,
-            zero_init_last: Optional[bool] = None,
-            **kwargs,
+        self,
+        block: Union[Type[BasicBlock], Type[Bottleneck]],
+        layers: Tuple[int, ...],
+        cell: str = 'convlstm',
+        regulated_stages: Optional[Sequence[int]] = None,
+        shortcut: str = 'conv',
+        norm_layer: LayerType = nn.BatchNorm2d,
+        zero_init_last: Optional[bool] = None,
+        **kwargs,
     ) -> None:
         """
         Args:
@@ -126,13 +128,13 @@ class RegulatedResNet(ResNet):
                 stage.grad_checkpointing = enable
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """As timm's ResNet: the stem is feature 0, the stages follow.
 
@@ -162,10 +164,10 @@ class RegulatedResNet(ResNet):
         return x, intermediates
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
     ) -> List[int]:
         """As timm's ResNet: drop what the given features don't need.
 
@@ -211,15 +213,16 @@ class RegulatedResNet(ResNet):
 
 class CifarRegulatedResNet(RegulatedResNet):
     """The CIFAR form: a 3x3 stem without pooling and three stages of basic blocks, 16, 32 and 64 channels wide."""
+
     shortcuts = ('conv', 'pad', 'none')
 
     def __init__(
-            self,
-            block: Type[BasicBlock],
-            layers: Tuple[int, int, int],
-            in_chans: int = 3,
-            output_stride: int = 32,
-            **kwargs,
+        self,
+        block: Type[BasicBlock],
+        layers: Tuple[int, int, int],
+        in_chans: int = 3,
+        output_stride: int = 32,
+        **kwargs,
     ) -> None:
         """
         Args:
@@ -318,9 +321,9 @@ def start_at_identity(model: RegulatedResNet) -> None:
         bn = block.bn1 if isinstance(block, BasicBlock) else block.bn2
         beta, gamma = bn.bias.double(), bn.weight.double().abs().clamp(min=1e-12)
         cdf = torch.special.ndtr(beta / gamma)
-        pdf = torch.exp(-(beta / gamma) ** 2 / 2) / math.sqrt(2 * math.pi)
+        pdf = torch.exp(-((beta / gamma) ** 2) / 2) / math.sqrt(2 * math.pi)
         mean = beta * cdf + gamma * pdf
-        var = ((beta ** 2 + gamma ** 2) * cdf + beta * gamma * pdf - mean ** 2).clamp(min=0)
+        var = ((beta**2 + gamma**2) * cdf + beta * gamma * pdf - mean**2).clamp(min=0)
         fusion_bn = block.fusion_bn
         fusion_bn.running_mean.copy_(mean)
         fusion_bn.running_var.copy_(var)

@@ -5,6 +5,7 @@ Hub repository of the model holds: `config.json`, `model.safetensors` and the mo
 `warm_{timm tag}`, is the published backbone of that tag with regulators that have learned nothing yet and change
 nothing yet: the outputs are the backbone's.
 """
+
 import hashlib
 import json
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def warm_start_cfgs(name: str, backbone: str) -> Dict[str, PretrainedCfg]:
             architecture=name,
             tag=f'warm_{cfg.tag}',
             description=f'Weights of {backbone}.{cfg.tag} with untrained regulators that leave its outputs unchanged: '
-                        'a start for fine-tuning.',
+            'a start for fine-tuning.',
         )
         for cfg in cfgs
     }
@@ -84,10 +85,10 @@ def warm_start_cfgs(name: str, backbone: str) -> Dict[str, PretrainedCfg]:
 
 @contextmanager
 def weights_of(
-        name: str,
-        tag_or_cfg: Any,
-        overlay: Optional[Dict[str, Any]],
-        cache_dir: Optional[str],
+    name: str,
+    tag_or_cfg: Any,
+    overlay: Optional[Dict[str, Any]],
+    cache_dir: Optional[str],
 ) -> Iterator[None]:
     """Check a model's weights before the block loads them, and say clearly why they can't be loaded.
 
@@ -160,6 +161,7 @@ def filter_checkpoint(state_dict: Dict[str, torch.Tensor], model: RegulatedResNe
         RuntimeError: Weights are missing, unexpected or not finite. timm itself lets keys pass where it adapts the
             classifier.
     """
+
     def is_added(key: str) -> bool:
         return '.regulator' in key or '.fusion' in key
 

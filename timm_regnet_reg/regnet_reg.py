@@ -3,6 +3,7 @@
 Named after the method, and not `regnet`, so that timm doesn't file them with the networks of *Designing Network
 Design Spaces*, which are called RegNet too.
 """
+
 from contextlib import nullcontext
 from typing import Any, Callable, Dict, Tuple
 
@@ -56,22 +57,37 @@ BACKBONES: Dict[str, Dict[str, Any]] = {
 # CIFAR form: depth 6n + 2
 CIFAR_BACKBONES: Dict[str, Dict[str, Any]] = {
     f'{kind}{6 * n + 2}': _resnet(BasicBlock, n, n, n, se=kind == 'seresnet')
-    for kind in ('resnet', 'seresnet') for n in (3, 5, 7, 9, 18)
+    for kind in ('resnet', 'seresnet')
+    for n in (3, 5, 7, 9, 18)
 }
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
-        'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:2101.00590',
-        'paper_name': 'RegNet: Self-Regulated Network for Image Classification', **kwargs,
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2101.00590',
+        'paper_name': 'RegNet: Self-Regulated Network for Image Classification',
+        **kwargs,
     }
 
 
 def _cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
     return _cfg(
-        num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR10_MEAN, std=CIFAR10_STD,
+        num_classes=10,
+        input_size=(3, 32, 32),
+        pool_size=(8, 8),
+        crop_pct=1.0,
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
         **kwargs,
     )
 
@@ -83,17 +99,23 @@ def _models() -> Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]]:
         first_conv = 'conv1.0' if args.get('stem_type') else 'conv1'
         for cell, cell_class in CELLS.items():
             models[f'regnet_reg_{backbone}_{cell}'] = (
-                RegulatedResNet, dict(args, cell=cell), _cfg(first_conv=first_conv),
+                RegulatedResNet,
+                dict(args, cell=cell),
+                _cfg(first_conv=first_conv),
                 f'{backbone} regulated by a {cell_class.__name__} in every stage, ImageNet form.',
             )
     for backbone, args in CIFAR_BACKBONES.items():
         models[f'cifar_{backbone}'] = (
-            CifarRegulatedResNet, dict(args, regulated_stages=()), _cifar_cfg(),
+            CifarRegulatedResNet,
+            dict(args, regulated_stages=()),
+            _cifar_cfg(),
             f'The plain {backbone} for 32x32 images that the regulated ones are compared with.',
         )
         for cell, cell_class in CELLS.items():
             models[f'regnet_reg_{backbone}_{cell}'] = (
-                CifarRegulatedResNet, dict(args, cell=cell), _cifar_cfg(),
+                CifarRegulatedResNet,
+                dict(args, cell=cell),
+                _cifar_cfg(),
                 f'{backbone} for 32x32 images, regulated by a {cell_class.__name__} in every stage.',
             )
     return models

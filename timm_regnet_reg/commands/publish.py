@@ -4,6 +4,7 @@ All files go in one commit and are read back to compare. Nothing is sent before 
 anything fails after that, the Hub is put back as it was.
 The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN), and so is the server (HF_ENDPOINT).
 """
+
 import argparse
 import hashlib
 import sys
@@ -15,9 +16,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy,
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import UserError
-from .package import FILES, Folder, check_folder
-from .pretrained import file_sha256
+from ..errors import UserError
+from ..pretrained import file_sha256
+from ..support.folder import FILES, Folder, check_folder
 
 __all__ = ['publish']
 

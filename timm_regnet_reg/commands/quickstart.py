@@ -6,6 +6,7 @@ A tour for a machine that has never seen this project: it needs no download, and
 cores. The photograph and the images to fine-tune on, handwritten digits, come with scikit-learn. The network that it
 trains stays in the folder regnet_reg_resnet20_convlstm.digits, to be used and looked at.
 """
+
 import argparse
 import time
 from pathlib import Path
@@ -21,9 +22,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
-from .classify import DEFAULT_MODEL, load_model, predict, prediction_lines
-from .errors import UserError
-from .package import Score, model_card, save_folder
+from ..errors import UserError
+from ..support.folder import model_card, save_folder
+from ..support.inference import DEFAULT_MODEL, Score, load_model, predict, prediction_lines
 
 __all__ = ['Digits', 'quickstart']
 
@@ -45,6 +46,7 @@ class Digits(torch.utils.data.Dataset):
         images: Grey values from 0 to 16 (number of images, 8, 8), as scikit-learn has them.
         labels: The digits (number of images,).
     """
+
     label_names = [str(digit) for digit in range(10)]
 
     def __init__(self, images, labels) -> None:
@@ -120,10 +122,10 @@ def _logits(model: nn.Module, loader) -> torch.Tensor:
 
 
 def quickstart(
-        output: Path,
-        model_name: str = DEFAULT_MODEL,
-        epochs: int = EPOCHS,
-        max_images: Optional[int] = None,
+    output: Path,
+    model_name: str = DEFAULT_MODEL,
+    epochs: int = EPOCHS,
+    max_images: Optional[int] = None,
 ) -> Path:
     """The tour.
 
@@ -186,7 +188,8 @@ def quickstart(
     )
     # moved and scaled a little, but never mirrored: a mirrored digit is no digit
     train_loader = create_loader(
-        train_set, **common, is_training=True, scale=(0.8, 1.), ratio=(0.9, 1.1), hflip=0., color_jitter=None)
+        train_set, **common, is_training=True, scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None
+    )
     held_out = create_loader(held_out_set, **common, crop_pct=data_config['crop_pct'])
     say(
         f'Fine-tune on {len(train_set):,} handwritten digits of scikit-learn, 8x8 pixels enlarged to 32x32',

@@ -5,6 +5,7 @@
 A Markdown table, the one in README: a row for every backbone, plain and with each cell. Nothing is downloaded, and
 no weights are made.
 """
+
 import argparse
 from typing import List, Tuple
 
@@ -14,8 +15,8 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .cells import CELLS
-from .regnet_reg import BACKBONES, CIFAR_BACKBONES
+from ..cells import CELLS
+from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 
 __all__ = ['count', 'header', 'row']
 

@@ -22,6 +22,7 @@ Peak memory is that of a training step above the loaded network and its input, s
 torch's workspaces. On the CPU it is summed up from the allocations and releases that torch's profiler reports, which
 leaves out what oneDNN allocates by itself inside of an operation; on a GPU it is the allocator's own count.
 """
+
 import argparse
 import csv
 import json
@@ -44,11 +45,11 @@ from torch.fx.experimental.optimization import fuse
 from torch.utils.benchmark import timer
 from tqdm import tqdm
 
-from .blocks import RegulatedStage
-from .cells import CELLS, ConvLSTM
-from .equations import Kernels, State
-from .errors import UserError
-from .regnet_reg import BACKBONES, CIFAR_BACKBONES
+from ..blocks import RegulatedStage
+from ..cells import CELLS, ConvLSTM
+from ..equations import Kernels, State
+from ..errors import UserError
+from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 from .table import count
 
 __all__ = ['Contender', 'DenseConvRNN', 'NaiveConvLSTM', 'measure', 'networks', 'peak_memory', 'scaling_exponent']
@@ -60,6 +61,7 @@ INSTALL = 'pip install "timm-regnet-reg[bench]"'
 
 
 # What the regulators are compared with
+
 
 class NaiveConvLSTM(ConvLSTM):
     """The ConvLSTM as its equations are written: two convolutions a gate, and everything kept for backward."""
@@ -168,6 +170,7 @@ def networks(backbone: str, device: Any = None) -> Dict[str, nn.Module]:
 
 # Measuring
 
+
 def _train(model: nn.Module, images: torch.Tensor) -> None:
     logits = model(images)
     F.cross_entropy(logits, torch.arange(len(images), device=images.device) % logits.shape[1]).backward()
@@ -193,6 +196,7 @@ class Contender:
         parameters: How many it has.
         multiply_adds: Of the forward of one image.
     """
+
     name: str
     model: nn.Module
     run: Callable[..., None]
@@ -291,12 +295,12 @@ def _measure_peaks(contender: Contender, device: torch.device) -> None:
 
 
 def bench(
-        backbone: str,
-        batch_size: int,
-        image_size: int,
-        repeats: int,
-        device: torch.device,
-        compile: bool = False,
+    backbone: str,
+    batch_size: int,
+    image_size: int,
+    repeats: int,
+    device: torch.device,
+    compile: bool = False,
 ) -> Dict[str, List[Contender]]:
     """Measure a backbone and what regulates it.
 
@@ -320,11 +324,11 @@ def bench(
     counts = {name: count(model.eval(), images[:1]) for name, model in models.items()}
 
     def enter(
-            phase: List[Contender],
-            models: Dict[str, nn.Module],
-            run: Callable[..., None],
-            kind: str = '',
-            counts: Dict[str, Tuple[int, int]] = counts,
+        phase: List[Contender],
+        models: Dict[str, nn.Module],
+        run: Callable[..., None],
+        kind: str = '',
+        counts: Dict[str, Tuple[int, int]] = counts,
     ) -> None:
         """Add contenders to a phase, the first model of which is the others' reference."""
         eager = {contender.name: contender for contender in phase} if kind == COMPILED else {}
@@ -344,7 +348,7 @@ def bench(
     enter(phases['train'], compiled, _train, COMPILED)
     with _progress(f'{backbone} train', (2 + repeats) * len(models) + (1 + repeats) * len(compiled)) as progress:
         measure(phases['train'], repeats, progress)
-        for contender in phases['train'][:len(models)]:
+        for contender in phases['train'][: len(models)]:
             _measure_peaks(contender, device)
             progress.update()
 
@@ -375,16 +379,17 @@ def _progress(what: str, total: int) -> tqdm:
 
 # How time grows
 
+
 def scaling_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """The k of seconds = a·size^k, by least squares of their logarithms."""
     return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in seconds]).slope
 
 
 def scaling(
-        batch_size: int,
-        image_size: int,
-        repeats: int,
-        device: torch.device,
+    batch_size: int,
+    image_size: int,
+    repeats: int,
+    device: torch.device,
 ) -> Dict[Tuple[str, str], List[Tuple[int, Contender]]]:
     """Time the CIFAR network regulated by a ConvLSTM over batch size, pixels and residual blocks.
 
@@ -400,7 +405,7 @@ def scaling(
     torch.manual_seed(0)
     small = max(1, batch_size // 4)
     points = [('batch', batch, batch, image_size, 20) for batch in (max(1, batch_size // k) for k in (8, 4, 2, 1))]
-    points += [('pixels', side ** 2, small, side, 20) for side in (image_size * k // 2 for k in (2, 3, 4, 6))]
+    points += [('pixels', side**2, small, side, 20) for side in (image_size * k // 2 for k in (2, 3, 4, 6))]
     points += [('blocks', (depth - 2) // 2, small, image_size, depth) for depth in (20, 32, 44, 56, 110)]
     models = [timm.create_model(f'regnet_reg_resnet{point[-1]}_convlstm', device=device) for point in points]
     results: Dict[Tuple[str, str], List[Tuple[int, Contender]]] = {}
@@ -416,6 +421,7 @@ def scaling(
 
 
 # What is printed and written
+
 
 def _machine(device: torch.device) -> str:
     """The machine in a line, without its name."""
@@ -459,14 +465,18 @@ def _phase_table(contenders: Sequence[Contender]) -> List[str]:
     rows = []
     for c in contenders:
         row = [
-            c.name, f'{c.parameters / 1e6:.3f}', f'{c.multiply_adds / 1e9:.4f}', c.memory_format,
-            _spread(c.images_per_second, 1), _spread(c.ratios, 2),
+            c.name,
+            f'{c.parameters / 1e6:.3f}',
+            f'{c.multiply_adds / 1e9:.4f}',
+            c.memory_format,
+            _spread(c.images_per_second, 1),
+            _spread(c.ratios, 2),
         ]
         if train and c.peak is None:
             row += [''] * 4
         elif train:
             for peak in (c.peak, c.checkpointed_peak):
-                row += [f'{peak / 2 ** 20:.1f}', f'{peak / reference.peak:.2f}']
+                row += [f'{peak / 2**20:.1f}', f'{peak / reference.peak:.2f}']
         rows.append(row)
     return _lines(columns, rows)
 
@@ -475,10 +485,17 @@ def _records(contenders: Sequence[Contender]) -> List[Dict[str, Any]]:
     """A record for every contender and repeat."""
     return [
         {
-            'network': c.name, 'parameters': c.parameters, 'multiply_adds': c.multiply_adds,
-            'memory_format': c.memory_format, 'repeat': repeat, 'seconds_per_step': seconds,
-            'images_per_second': images_per_second, 'reference': (c.reference or c).name, 'ratio': ratio,
-            'peak_bytes': c.peak, 'checkpointed_peak_bytes': c.checkpointed_peak,
+            'network': c.name,
+            'parameters': c.parameters,
+            'multiply_adds': c.multiply_adds,
+            'memory_format': c.memory_format,
+            'repeat': repeat,
+            'seconds_per_step': seconds,
+            'images_per_second': images_per_second,
+            'reference': (c.reference or c).name,
+            'ratio': ratio,
+            'peak_bytes': c.peak,
+            'checkpointed_peak_bytes': c.checkpointed_peak,
         }
         for c in contenders
         for repeat, (seconds, images_per_second, ratio) in enumerate(zip(c.seconds, c.images_per_second, c.ratios))
@@ -532,6 +549,7 @@ def _medians(points: Sequence[Tuple[int, Contender]]) -> Tuple[List[int], List[f
 
 # The command
 
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -542,19 +560,25 @@ def _positive(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        '--backbone', metavar='NAME', help='resnet20, resnext50_32x4d, … (default: resnet20 and resnet50)')
+        '--backbone', metavar='NAME', help='resnet20, resnext50_32x4d, … (default: resnet20 and resnet50)'
+    )
     what.add_argument(
-        '--scaling', action='store_true', help='fit how the time of regnet_reg_resnet20_convlstm grows, instead')
+        '--scaling', action='store_true', help='fit how the time of regnet_reg_resnet20_convlstm grows, instead'
+    )
     parser.add_argument(
-        '--batch-size', type=_positive, metavar='B', help='images (default: 128 in the CIFAR form, else 16)')
+        '--batch-size', type=_positive, metavar='B', help='images (default: 128 in the CIFAR form, else 16)'
+    )
     parser.add_argument(
-        '--image-size', type=_positive, metavar='S', help='pixels a side (default: 32 in the CIFAR form, else 224)')
+        '--image-size', type=_positive, metavar='S', help='pixels a side (default: 32 in the CIFAR form, else 224)'
+    )
     parser.add_argument('--repeats', type=_positive, default=5, metavar='N', help='default: 5')
     parser.add_argument('--threads', type=_positive, metavar='N', help="CPU threads (default: torch's)")
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
     parser.add_argument(
-        '--compile', action='store_true',
-        help='time plain and regulated networks compiled, too (each compiles for minutes)')
+        '--compile',
+        action='store_true',
+        help='time plain and regulated networks compiled, too (each compiles for minutes)',
+    )
     parser.add_argument('--output', metavar='DIR', help='write every figure as CSV and a plot there (needs matplotlib)')
 
 
@@ -562,7 +586,8 @@ def _check_device(name: str) -> torch.device:
     if name != 'cpu' and not (name.partition(':')[0] == 'cuda' and torch.cuda.is_available()):
         raise UserError(
             f"device {name!r} can't be used: 'cpu' is accepted"
-            + (", and 'cuda'" if torch.cuda.is_available() else "; torch finds no 'cuda' here"))
+            + (", and 'cuda'" if torch.cuda.is_available() else "; torch finds no 'cuda' here")
+        )
     return torch.device(name)
 
 
@@ -611,13 +636,21 @@ def _main_bench(args: argparse.Namespace, device: torch.device, machine: str, ou
         for phase, contenders in phases.items():
             print(f'\n{title}: {phase}\n', *_phase_table(contenders), sep='\n', flush=True)
         if output is not None:
-            _write_csv(output / f'{backbone}.csv', [
-                {
-                    'backbone': backbone, 'batch_size': batch_size, 'image_size': image_size, 'phase': phase,
-                    **record, 'machine': machine,
-                }
-                for phase, contenders in phases.items() for record in _records(contenders)
-            ])
+            _write_csv(
+                output / f'{backbone}.csv',
+                [
+                    {
+                        'backbone': backbone,
+                        'batch_size': batch_size,
+                        'image_size': image_size,
+                        'phase': phase,
+                        **record,
+                        'machine': machine,
+                    }
+                    for phase, contenders in phases.items()
+                    for record in _records(contenders)
+                ],
+            )
             _plot_ratios(output / f'{backbone}.png', f'{title}\n{machine}', phases)
 
 
@@ -631,9 +664,13 @@ def _main_scaling(args: argparse.Namespace, device: torch.device, machine: str, 
     print('\nregnet_reg_resnet20_convlstm; blocks: regnet_reg_resnet20_convlstm to regnet_reg_resnet110_convlstm\n')
     print(*_lines(['phase', 'growing', 'size: ms a step', 'exponent'], rows), sep='\n')
     if output is not None:
-        _write_csv(output / 'scaling.csv', [
-            {'phase': phase, 'growing': what, 'size': size, **record, 'machine': machine}
-            for (phase, what), points in results.items() for size, contender in points
-            for record in _records([contender])
-        ])
+        _write_csv(
+            output / 'scaling.csv',
+            [
+                {'phase': phase, 'growing': what, 'size': size, **record, 'machine': machine}
+                for (phase, what), points in results.items()
+                for size, contender in points
+                for record in _records([contender])
+            ],
+        )
         _plot_scaling(output / 'scaling.png', f'regnet_reg_resnet20_convlstm\n{machine}', results)

@@ -16,13 +16,14 @@ bulk_runner.py does (the others don't), has to start those with run, too:
 
 timm is the one that this package was imported with, also where the script lies beside a timm folder of its own.
 """
+
 import argparse
 import os
 import runpy
 import sys
 import traceback
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ ONNX Runtime and compared with the PyTorch model before it is kept.
 With --int8, net.int8.onnx is written beside net.onnx: quantised by ONNX Runtime, calibrated on 512 images of
 DIR/train/<class>/<image>. Both files are then scored on DIR/validation/<class>/<image>.
 """
+
 import argparse
 import os
 import sys
@@ -25,9 +26,8 @@ from timm.utils import reparameterize_model
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .classify import DEFAULT_MODEL, load_model
-from .errors import UserError
-from .package import score
+from ..errors import UserError
+from ..support.inference import DEFAULT_MODEL, load_model, score
 
 __all__ = ['OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize']
 
@@ -85,7 +85,7 @@ def largest_difference(model: nn.Module, path) -> float:
     """The largest difference of an ONNX file's logits from the model's on random images, over the largest logit."""
     onnx_model = OnnxModel(path, model.num_classes)
     generator = torch.Generator().manual_seed(0)
-    largest = 0.
+    largest = 0.0
     for batch_size in (1, 3):
         images = torch.randn(batch_size, *_input_size(model), generator=generator)
         with torch.inference_mode():
@@ -118,7 +118,8 @@ def quantize(source, target, images: Iterable[torch.Tensor]) -> None:
 
     quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
     grouped = [
-        node.name for node in onnx.load(target).graph.node
+        node.name
+        for node in onnx.load(target).graph.node
         if node.op_type == 'Conv' and any(a.name == 'group' and a.i > 1 for a in node.attribute)
     ]
     quantize_static(
@@ -172,18 +173,23 @@ def _replacing(path: Path) -> Iterator[Path]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('output', metavar='OUTPUT', help='the file to write, *.onnx')
     parser.add_argument(
-        '--model', default=DEFAULT_MODEL, metavar='NAME',
+        '--model',
+        default=DEFAULT_MODEL,
+        metavar='NAME',
         help='a model with weights: of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER '
-             '(default: %(default)s)')
+        '(default: %(default)s)',
+    )
     parser.add_argument(
-        '--int8', metavar='DIR',
-        help='write *.int8.onnx as well; DIR holds train/<class>/<image> and validation/<class>/<image>')
+        '--int8',
+        metavar='DIR',
+        help='write *.int8.onnx as well; DIR holds train/<class>/<image> and validation/<class>/<image>',
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     missing = [name for name in PACKAGES if _is_missing(name)]
     if missing:
-        raise UserError(f"export needs {' and '.join(missing)}, not installed here; {INSTALL}")
+        raise UserError(f'export needs {" and ".join(missing)}, not installed here; {INSTALL}')
     output = Path(args.output)
     if output.suffix != '.onnx':
         raise UserError(f'{output}: expected a file name that ends in .onnx')
@@ -200,10 +206,13 @@ def main(args: argparse.Namespace) -> None:
         if not difference <= TOLERANCE:
             raise UserError(
                 f'--model {args.model}: the exported network differs from the PyTorch model by {difference:.1e} of the '
-                f'largest output, and at most {TOLERANCE} is accepted, so the file was not kept')
+                f'largest output, and at most {TOLERANCE} is accepted, so the file was not kept'
+            )
     batch = ' x '.join(map(str, ('batch', *data_config['input_size'])))
-    print(f'{output}: ONNX opset {OPSET}, images {batch}, {_size(output)}; its outputs in ONNX Runtime differ from '
-          f'PyTorch by at most {difference:.1e} of the largest')
+    print(
+        f'{output}: ONNX opset {OPSET}, images {batch}, {_size(output)}; its outputs in ONNX Runtime differ from '
+        f'PyTorch by at most {difference:.1e} of the largest'
+    )
 
     if args.int8:
         quantized = output.with_suffix('.int8.onnx')
@@ -211,8 +220,10 @@ def main(args: argparse.Namespace) -> None:
             quantize(output, file, (images for images, _ in tqdm(calibration, desc='calibrating', unit='batch')))
         results = [score(OnnxModel(path, model.num_classes), args.int8, data_config) for path in (output, quantized)]
         for path, result in zip((output, quantized), results):
-            print(f'{path}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images, '
-                  f'{_size(path)}')
+            print(
+                f'{path}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images, '
+                f'{_size(path)}'
+            )
 
 
 def _is_missing(package: str) -> bool:

@@ -1,34 +1,41 @@
-"""Print the most probable classes of images.
+"""Loading a classifier, reading images, predicting and scoring, for all commands."""
 
-    regnet-reg classify photo.jpg holiday/ https://example.org/cat.png
-    regnet-reg classify --model resnet50.a1_in1k --topk 3 --json photo.jpg
-
-A network chooses among the classes that it was trained on, whatever the image shows: the default one knows ten
-(airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck). Nothing is printed before all images are
-classified; one that can't be read ends the command.
-"""
-import argparse
 import difflib
 import io
-import json
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from typing import Dict, Iterable, List, NamedTuple
+from typing import Any, Dict, Iterable, List, NamedTuple
 from urllib.request import Request, urlopen
 
 import timm
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data import (
+    ImageNetInfo,
+    create_dataset,
+    create_loader,
+    create_transform,
+    infer_imagenet_subset,
+    resolve_data_config,
+)
 from timm.models import is_model
+from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = [
-    'DEFAULT_MODEL', 'Prediction', 'class_labels', 'find_images', 'load_model', 'predict', 'prediction_lines',
+    'DEFAULT_MODEL',
+    'Prediction',
+    'Score',
+    'class_labels',
+    'find_images',
+    'load_model',
+    'predict',
+    'prediction_lines',
     'read_image',
+    'score',
 ]
 
 DEFAULT_MODEL = 'regnet_reg_resnet20_convlstm'
@@ -38,9 +45,19 @@ BATCH_SIZE = 32
 
 class Prediction(NamedTuple):
     """A class, the classifier's index of it, and its probability from 0 to 1."""
+
     label: str
     index: int
     probability: float
+
+
+class Score(NamedTuple):
+    """Accuracies in percent, the number of images they were measured on, and the class names in label order."""
+
+    top1: float
+    top5: float
+    images: int
+    label_names: List[str]
 
 
 def load_model(name: str) -> torch.nn.Module:
@@ -58,7 +75,7 @@ def load_model(name: str) -> torch.nn.Module:
             close = difflib.get_close_matches(architecture, timm.list_models(), 3)
             meant = f' Did you mean {", ".join(close)}?' if close else ''
             raise UserError(
-                f"--model {name}: is not a model that timm knows.{meant} timm.list_pretrained() names them all; a "
+                f'--model {name}: is not a model that timm knows.{meant} timm.list_pretrained() names them all; a '
                 'repository of the Hub is hf-hub:OWNER/NAME, a folder local-dir:FOLDER'
             )
     try:
@@ -92,7 +109,8 @@ def find_images(names: Iterable[str]) -> List[str]:
         UserError: There is no such file or folder, or no image in a folder.
     """
     extensions = {
-        extension for extension, kind in Image.registered_extensions().items()
+        extension
+        for extension, kind in Image.registered_extensions().items()
         if kind in Image.OPEN and Image.MIME.get(kind, '').startswith('image/')
     }
     found = []
@@ -102,7 +120,8 @@ def find_images(names: Iterable[str]) -> List[str]:
             found.append(name)
         elif path.is_dir():
             images = sorted(
-                str(file) for file in path.rglob('*')
+                str(file)
+                for file in path.rglob('*')
                 if file.suffix.lower() in extensions and not file.name.startswith('.') and file.is_file()
             )
             if not images:
@@ -170,45 +189,51 @@ def prediction_lines(predictions: List[Prediction]) -> str:
     return '\n'.join(f'{100 * probability:7.2f} %  {label}' for label, _, probability in predictions)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'{text} was given, expected 1 or more')
-    return number
+def score(
+    model: torch.nn.Module,
+    data_dir: str,
+    data_config: Dict[str, Any],
+    split: str = 'validation',
+    batch_size: int = 128,
+    workers: int = 2,
+    device: str = 'cpu',
+) -> Score:
+    """Accuracy on `{data_dir}/{split}/<class>/*`, with timm's loader and a progress bar on stderr.
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('images', metavar='IMAGE', nargs='+', help='an image, a folder of images, or an http(s) URL')
-    parser.add_argument(
-        '--model',
-        default=DEFAULT_MODEL,
-        help="a model of timm's with weights, hf-hub:OWNER/NAME or local-dir:FOLDER (default: %(default)s)",
-    )
-    parser.add_argument(
-        '--topk',
-        type=_positive,
-        default=5,
-        metavar='K',
-        help='how many classes to print (default: %(default)s)',
-    )
-    parser.add_argument('--json', action='store_true', help='print one JSON document')
-
-
-def main(args: argparse.Namespace) -> None:
-    """Classify `args.images` and print the result.
+    Args:
+        data_config: Input size, mean, std, interpolation and crop, as `timm.data.resolve_data_config` gives them.
 
     Raises:
-        UserError: An image can't be found or read, or the model can't be had.
+        UserError: There is no such folder, it holds no images, or as many classes as the model tells apart.
     """
-    sources = find_images(args.images)
-    model = load_model(args.model)
-    progress = tqdm(sources, desc='classifying', unit='image', leave=False, disable=None)  # on a terminal only
-    results = list(zip(sources, predict(model, map(read_image, progress), args.topk)))
-    if args.json:
-        images = [
-            {'image': source, 'predictions': [prediction._asdict() for prediction in predictions]}
-            for source, predictions in results
-        ]
-        print(json.dumps({'model': args.model, 'images': images}, indent=2, ensure_ascii=False))
-    else:
-        print('\n'.join(f'{source}\n{prediction_lines(predictions)}' for source, predictions in results))
+    root = Path(data_dir, split)
+    if not root.is_dir():
+        raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
+    mode = 'RGB' if data_config['input_size'][0] == 3 else 'L'
+    try:
+        dataset = create_dataset('', root=str(root), split=split, search_split=False, input_img_mode=mode)
+    except RuntimeError as error:
+        raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
+    label_names = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+    if len(label_names) != model.num_classes:
+        raise UserError(
+            f'{root}: holds {len(label_names)} classes ({", ".join(label_names[:4])}, …), but the model tells '
+            f'{model.num_classes} apart; give the data that it was trained on'
+        )
+    loader = create_loader(
+        dataset,
+        **data_config,
+        batch_size=batch_size,
+        num_workers=workers,
+        use_prefetcher=False,
+        device=torch.device(device),
+    )
+    top1, top5 = AverageMeter(), AverageMeter()
+    model.to(device).eval()
+    with torch.inference_mode():
+        for images, labels in tqdm(loader, desc='scoring', unit='batch'):
+            acc1, acc5 = accuracy(model(images.to(device)), labels.to(device), topk=(1, 5))
+            top1.update(acc1.item(), len(images))
+            top5.update(acc5.item(), len(images))
+    model.cpu()
+    return Score(round(top1.avg, 3), round(top5.avg, 3), top1.count, label_names)

@@ -1,0 +1,60 @@
+"""Print the most probable classes of images.
+
+    regnet-reg classify photo.jpg holiday/ https://example.org/cat.png
+    regnet-reg classify --model resnet50.a1_in1k --topk 3 --json photo.jpg
+
+A network chooses among the classes that it was trained on, whatever the image shows: the default one knows ten
+(airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck). Nothing is printed before all images are
+classified; one that can't be read ends the command.
+"""
+
+import argparse
+import json
+
+from tqdm import tqdm
+
+from ..support.inference import DEFAULT_MODEL, find_images, load_model, predict, prediction_lines, read_image
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'{text} was given, expected 1 or more')
+    return number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help='an image, a folder of images, or an http(s) URL')
+    parser.add_argument(
+        '--model',
+        default=DEFAULT_MODEL,
+        help="a model of timm's with weights, hf-hub:OWNER/NAME or local-dir:FOLDER (default: %(default)s)",
+    )
+    parser.add_argument(
+        '--topk',
+        type=_positive,
+        default=5,
+        metavar='K',
+        help='how many classes to print (default: %(default)s)',
+    )
+    parser.add_argument('--json', action='store_true', help='print one JSON document')
+
+
+def main(args: argparse.Namespace) -> None:
+    """Classify `args.images` and print the result.
+
+    Raises:
+        UserError: An image can't be found or read, or the model can't be had.
+    """
+    sources = find_images(args.images)
+    model = load_model(args.model)
+    progress = tqdm(sources, desc='classifying', unit='image', leave=False, disable=None)  # on a terminal only
+    results = list(zip(sources, predict(model, map(read_image, progress), args.topk)))
+    if args.json:
+        images = [
+            {'image': source, 'predictions': [prediction._asdict() for prediction in predictions]}
+            for source, predictions in results
+        ]
+        print(json.dumps({'model': args.model, 'images': images}, indent=2, ensure_ascii=False))
+    else:
+        print('\n'.join(f'{source}\n{prediction_lines(predictions)}' for source, predictions in results))

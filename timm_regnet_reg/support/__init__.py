@@ -1,0 +1,1 @@
+"""What the commands share; none of them imports another."""

@@ -1,0 +1,267 @@
+"""The folder of a packaged network, byte for byte the repository of the Hub that it can become."""
+
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import safetensors.torch
+import timm
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import SafetensorError
+from timm.models import is_model, save_for_hf
+
+from .. import __version__
+from ..errors import UserError
+from ..pretrained import file_sha256
+from .inference import Score
+
+__all__ = ['FILES', 'Folder', 'check_folder', 'load_strictly', 'model_card', 'save_folder']
+
+CONFIG, WEIGHTS, CARD = FILES = ('config.json', 'model.safetensors', 'README.md')
+TOP1, TOP5 = 'Top-1 accuracy', 'Top-5 accuracy'
+PICKLES = ('.bin', '.pth', '.pt', '.pkl', '.pickle', '.ckpt', '.tar', '.npy', '.npz')
+
+
+class Folder(NamedTuple):
+    """A folder that passed `check_folder`, and the model that it holds (in evaluation mode, on the CPU)."""
+
+    path: Path
+    config: Dict[str, Any]
+    card: ModelCard
+    model: torch.nn.Module
+
+
+def load_strictly(model: torch.nn.Module, state_dict: Dict[str, torch.Tensor], source) -> None:
+    """Loads weights that must fit exactly and be finite; `source` is the file to name in a UserError."""
+    own = model.state_dict()
+    other = 'give the model, and its arguments, that these weights were trained with'
+    for keys, problem, remedy in (
+        ([k for k in own if k not in state_dict], 'missing', other),
+        ([k for k in state_dict if k not in own], 'unexpected', other),
+        (
+            [
+                f'{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}'
+                for k, v in state_dict.items()
+                if k in own and v.shape != own[k].shape
+            ],
+            'of another shape',
+            other,
+        ),
+        (
+            [k for k, v in state_dict.items() if not torch.isfinite(v).all()],
+            'not finite (NaN or infinite)',
+            'take a checkpoint from before the training diverged',
+        ),
+    ):
+        if keys:
+            more = f' and {len(keys) - 3} more' if len(keys) > 3 else ''
+            raise UserError(
+                f'{source}: not the weights of {model.pretrained_cfg["architecture"]}, {len(keys)} of them {problem}: '
+                f'{", ".join(keys[:3])}{more}; {remedy}'
+            )
+    model.load_state_dict(state_dict)
+
+
+def model_card(name: str, result: Score, data: str, license: str, details: Dict[str, Any], reproduce: str) -> str:
+    """The text of README.md.
+
+    Args:
+        name: `{model}.{tag}`.
+        data: What the images are, in words.
+        details: The rows of the table about the training, and anything else the reader must know.
+        reproduce: Markdown that says how to get these weights again.
+    """
+    common = dict(
+        task_type='image-classification', dataset_type='imagefolder', dataset_name=data, metric_type='accuracy'
+    )
+    metadata = ModelCardData(
+        license=license,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm_regnet_reg'],
+        model_name=name,
+        eval_results=[
+            EvalResult(metric_name=TOP1, metric_value=result.top1, **common),
+            EvalResult(metric_name=TOP5, metric_value=result.top5, **common),
+        ],
+    )
+    rows = {
+        'Top-1': f'{result.top1:.2f} %',
+        'Top-5': f'{result.top5:.2f} %',
+        'Images scored': f'{result.images:,}',
+        'Data': data,
+        'Classes': len(result.label_names),
+        **details,
+        'Packaged with': f'Python {platform.python_version()}, PyTorch {torch.__version__}, timm {timm.__version__}, '
+        f'timm_regnet_reg {__version__}',
+        'License of the weights': license,
+    }
+    table = '\n'.join(f'| {key} | {str(value).replace("|", chr(92) + "|")} |' for key, value in rows.items())
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {name}
+
+An image classifier for [timm](https://github.com/huggingface/pytorch-image-models) with the package
+`timm_regnet_reg`.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+```python
+import timm, timm_regnet_reg
+model = timm.create_model('local-dir:{name}', pretrained=True)  # on the Hub: 'hf-hub:OWNER/{name}'
+```
+
+## Reproduce
+
+{reproduce}
+"""
+
+
+def save_folder(
+    model: torch.nn.Module,
+    folder,
+    tag: str,
+    card: str,
+    label_names: List[str],
+    license: str,
+    data_config: Optional[Dict[str, Any]] = None,
+) -> Path:
+    """Writes `config.json`, `model.safetensors` and `README.md` as a whole or not at all.
+
+    Everything is written and checked in a folder beside the target, which then takes the target's name; an earlier
+    folder of that name steps aside first and comes back if that fails.
+
+    Args:
+        card: The text of README.md, as `model_card` makes it.
+        data_config: Input size, mean, std, interpolation and crop to record; by default the model's own.
+
+    Raises:
+        UserError: The disk is full or not writable, or the target holds files that are not of this kind.
+    """
+    folder = Path(folder).absolute()
+    temporary, previous = (folder.with_name(f'.{folder.name}.{os.getpid()}.{end}') for end in ('new', 'old'))
+    if folder.exists():
+        foreign = sorted({path.name for path in folder.iterdir()} - {*FILES}) if folder.is_dir() else ['it is a file']
+        if foreign:
+            raise UserError(f'{folder}: not replaced, for it is more than a model ({", ".join(foreign)}); move it away')
+    try:
+        save_for_hf(
+            model,
+            str(temporary),
+            model_config={'label_names': label_names, 'pretrained_cfg': {'tag': tag, 'license': license}},
+            safe_serialization=True,
+            data_config=data_config,
+        )
+        shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # safetensors lets nobody else read its files
+        config = json.loads((temporary / CONFIG).read_text(encoding='utf-8'))
+        config['sha256'] = file_sha256(temporary / WEIGHTS)
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        (temporary / CARD).write_text(card, encoding='utf-8')
+        check_folder(temporary)
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        if folder.exists():
+            os.rename(folder, previous)
+        try:
+            os.rename(temporary, folder)
+            _sync(folder.parent)
+        except BaseException:
+            if folder.exists():
+                os.rename(folder, temporary)
+            if previous.exists():
+                os.rename(previous, folder)
+            raise
+    except (OSError, SafetensorError) as error:
+        state = 'The folder that was there is unchanged' if folder.exists() else 'Nothing half written was left behind'
+        raise UserError(
+            f'{folder}: could not be written ({error}). {state}; free some space there or give another --output.'
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
+    return folder
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_folder(folder) -> Folder:
+    """Checks a folder as `package` writes it: its files, hash, architecture, weights and card.
+
+    Raises:
+        UserError: Names the file at fault and what to do.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such folder; expected one that `package` wrote')
+    names = {path.name for path in folder.iterdir()}
+    pickles = sorted(name for name in names if name.lower().endswith(PICKLES))
+    if pickles:
+        raise UserError(
+            f'{folder}: holds pickles ({", ".join(pickles)}), which can run code when loaded, so they were not opened; '
+            f'remove them: the weights belong in {WEIGHTS}'
+        )
+    if names != {*FILES}:
+        wrong = [f'{name} is missing' for name in FILES if name not in names]
+        wrong += [f'{name} is not expected' for name in sorted(names - {*FILES})]
+        raise UserError(f'{folder}: {", ".join(wrong)}; a folder holds exactly {", ".join(FILES)}')
+
+    again = 'run `package` again, or restore the file'
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
+        architecture, sha256 = config['architecture'], config['sha256']
+        labels, classes = config['label_names'], config['num_classes']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{folder / CONFIG}: is not a config that `package` wrote ({error!r}); {again}') from error
+    if not is_model(architecture):
+        raise UserError(
+            f'{folder / CONFIG}: names the architecture {architecture!r}, which is not registered in timm; '
+            'install the package that has it, or correct the name'
+        )
+    if len(labels) != classes:
+        raise UserError(f'{folder / CONFIG}: names {len(labels)} labels for {classes} classes; {again}')
+    found = file_sha256(folder / WEIGHTS)
+    if found != sha256:
+        raise UserError(
+            f'{folder / WEIGHTS}: is truncated, damaged or of another model: its SHA-256 is {found}, {CONFIG} says '
+            f'{sha256}; {again}'
+        )
+    try:
+        model = timm.create_model(f'local-dir:{folder}').eval()
+    except Exception as error:  # whatever the architecture's constructor makes of wrong arguments
+        raise UserError(f'{folder / CONFIG}: {architecture} cannot be built from it ({error}); {again}') from error
+    try:
+        state_dict = safetensors.torch.load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'{folder / WEIGHTS}: is not a safetensors file ({error}); {again}') from error
+    load_strictly(model, state_dict, folder / WEIGHTS)
+    return Folder(folder, config, _read_card(folder / CARD), model)
+
+
+def _read_card(path: Path) -> ModelCard:
+    try:
+        card = ModelCard.load(path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f'{path}: its front matter cannot be read ({error}); run `package` again') from error
+    missing = [] if card.data.license else ['license']
+    if TOP1 not in [result.metric_name for result in card.data.eval_results or []]:
+        missing.append(f'model-index with "{TOP1}"')
+    if missing:
+        raise UserError(f'{path}: its front matter lacks {" and ".join(missing)}; run `package` again')
+    return card
