@@ -13,9 +13,9 @@ from conftest import CLASSES, MODEL
 from PIL import Image
 
 from timm_regnet_reg.__main__ import main
-from timm_regnet_reg.commands import classify as command
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.pretrained import WEIGHTS_FOLDER
+from timm_regnet_reg.support import inference
 from timm_regnet_reg.support.inference import class_labels, load_model, predict, read_image
 
 
@@ -100,7 +100,7 @@ def test_more_images_than_a_batch_give_the_same(image_folder, packaged, monkeypa
     model = load_model(f'local-dir:{packaged}')
     images = [read_image(str(path)) for path in sorted(image_folder.rglob('*.png'))]
     expected = [predict(model, [image])[0] for image in images]
-    monkeypatch.setattr(command, 'BATCH_SIZE', 5)
+    monkeypatch.setattr(inference, 'BATCH_SIZE', 5)
     for found, one in zip(predict(model, images), expected, strict=True):
         assert [p.label for p in found] == [p.label for p in one]
         assert [p.probability for p in found] == pytest.approx([p.probability for p in one], abs=1e-5)

@@ -6,20 +6,8 @@ import inspect
 import sys
 from typing import List, Optional
 
+from .arguments import COMMANDS
 from .errors import UserError
-
-# Each command is a module of this package with `add_arguments(parser)` and `main(args)`, imported only when its command
-# runs. The help line stands here, too, so that the overview needs none of the modules; it is their docstring's first.
-COMMANDS = {
-    'quickstart': 'Classify a photograph, fine-tune on a small image set, save the result and load it back.',
-    'classify': 'Print the most probable classes of images.',
-    'package': 'Turn a checkpoint of train.py into a folder that timm and the Hub load.',
-    'publish': 'Upload a packaged folder to the Hugging Face Hub.',
-    'export': 'Export a network to ONNX, and quantise it to int8.',
-    'run': "Run one of timm's own scripts with these models registered.",
-    'table': 'Print the table of models with their parameters and multiply-adds.',
-    'bench': 'Measure throughput and memory beside the plain networks.',
-}
 
 _DESCRIPTION = 'Regulated networks (RegNet, arXiv 2101.00590) for timm.'
 _EPILOG = """\
@@ -42,7 +30,7 @@ def _create_parser(command: Optional[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title='commands', dest='command', metavar='COMMAND', required=True)
-    for name, line in COMMANDS.items():
+    for name, (line, add_arguments) in COMMANDS.items():
         subparser = subparsers.add_parser(
             name,
             help=line,
@@ -51,7 +39,7 @@ def _create_parser(command: Optional[str]) -> argparse.ArgumentParser:
         if name == command:
             module = importlib.import_module(f'.commands.{name}', __package__)
             subparser.description = _doc(module)
-            module.add_arguments(subparser)
+            add_arguments(subparser)
             subparser.set_defaults(main=module.main)
     return parser
 

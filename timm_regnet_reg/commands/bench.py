@@ -550,38 +550,6 @@ def _medians(points: Sequence[Tuple[int, Contender]]) -> Tuple[List[int], List[f
 # The command
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{value} is not positive')
-    return value
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        '--backbone', metavar='NAME', help='resnet20, resnext50_32x4d, … (default: resnet20 and resnet50)'
-    )
-    what.add_argument(
-        '--scaling', action='store_true', help='fit how the time of regnet_reg_resnet20_convlstm grows, instead'
-    )
-    parser.add_argument(
-        '--batch-size', type=_positive, metavar='B', help='images (default: 128 in the CIFAR form, else 16)'
-    )
-    parser.add_argument(
-        '--image-size', type=_positive, metavar='S', help='pixels a side (default: 32 in the CIFAR form, else 224)'
-    )
-    parser.add_argument('--repeats', type=_positive, default=5, metavar='N', help='default: 5')
-    parser.add_argument('--threads', type=_positive, metavar='N', help="CPU threads (default: torch's)")
-    parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
-    parser.add_argument(
-        '--compile',
-        action='store_true',
-        help='time plain and regulated networks compiled, too (each compiles for minutes)',
-    )
-    parser.add_argument('--output', metavar='DIR', help='write every figure as CSV and a plot there (needs matplotlib)')
-
-
 def _check_device(name: str) -> torch.device:
     if name != 'cpu' and not (name.partition(':')[0] == 'cuda' and torch.cuda.is_available()):
         raise UserError(

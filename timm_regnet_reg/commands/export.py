@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..support.inference import DEFAULT_MODEL, load_model, score
+from ..support.inference import load_model, score
 
 __all__ = ['OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize']
 
@@ -168,22 +168,6 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise UserError(f'{path}: could not be written ({error}); free some space or give another OUTPUT') from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('output', metavar='OUTPUT', help='the file to write, *.onnx')
-    parser.add_argument(
-        '--model',
-        default=DEFAULT_MODEL,
-        metavar='NAME',
-        help='a model with weights: of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER '
-        '(default: %(default)s)',
-    )
-    parser.add_argument(
-        '--int8',
-        metavar='DIR',
-        help='write *.int8.onnx as well; DIR holds train/<class>/<image> and validation/<class>/<image>',
-    )
 
 
 def main(args: argparse.Namespace) -> None:

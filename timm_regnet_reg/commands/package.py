@@ -21,7 +21,6 @@ from ..errors import UserError
 from ..support.folder import load_strictly, model_card, save_folder
 from ..support.inference import score
 
-
 # Arguments of train.py that say where and on what machine it ran, not what it did.
 _PLACES = {
     'data',
@@ -120,22 +119,6 @@ def _recipe(path: str, train_args: Dict[str, Any]) -> Tuple[str, str]:
         f"Save these options as `args.yaml`, then run timm's own script: `{launch} train.py --config args.yaml "
         f'--data-dir DIR`.\n\n```yaml\n{yaml.safe_dump(options, default_flow_style=None)}```'
     )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a checkpoint of train.py (model_best.pth.tar, say)')
-    parser.add_argument('--model', required=True, help='the architecture that was trained')
-    parser.add_argument('--tag', required=True, help='name of these weights, letters, digits and "_" (cifar10, say)')
-    parser.add_argument('--data-dir', required=True, metavar='DIR', help='holds {split}/<class>/<image>')
-    parser.add_argument('--data-name', required=True, metavar='TEXT', help='what those images are, for the model card')
-    parser.add_argument('--recipe', required=True, metavar='YAML', help='the file that train.py ran with (--config)')
-    parser.add_argument('--split', default='validation', help='folder of the images to score (default: %(default)s)')
-    parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
-    parser.add_argument('--license', default='apache-2.0', help='license of the weights (default: %(default)s)')
-    parser.add_argument('--output', default='.', metavar='DIR', help='where {model}.{tag}/ goes (default: here)')
-    parser.add_argument('--batch-size', type=int, default=128, metavar='N', help='for scoring (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=2, metavar='N', help='loader processes (default: %(default)s)')
-    parser.add_argument('--device', default='cpu', help='for scoring (default: %(default)s)')
 
 
 def main(args: argparse.Namespace) -> None:

@@ -160,14 +160,6 @@ def _short(error: BaseException) -> str:
     return f'{text} {_short(cause)}' if isinstance(error, RuntimeError) and cause is not None else text
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('folder', metavar='FOLDER', help='a folder that `package` wrote')
-    parser.add_argument('--repo-id', required=True, metavar='OWNER/NAME', help='the repository; created if need be')
-    parser.add_argument('--private', action='store_true', help='create it as a private repository')
-    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
-    parser.add_argument('--dry-run', action='store_true', help='check and show what would be sent; no network')
-
-
 def main(args: argparse.Namespace) -> None:
     try:
         validate_repo_id(args.repo_id)

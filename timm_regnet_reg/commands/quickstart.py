@@ -251,14 +251,5 @@ def quickstart(
     return folder
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--output',
-        default='.',
-        metavar='DIR',
-        help=f'where {DEFAULT_MODEL}.{TAG}/ goes; one from an earlier run is replaced (default: here)',
-    )
-
-
 def main(args: argparse.Namespace) -> None:
     quickstart(Path(args.output))

@@ -26,12 +26,6 @@ import traceback
 from ..errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('script', metavar='SCRIPT', help="path of the script, in a clone of timm's repository, say")
-    # For the help text: what follows the script never reaches argparse.
-    parser.add_argument('args', metavar='ARGS', nargs='*', help='arguments of the script')
-
-
 def main(args: argparse.Namespace) -> None:
     """Run `args.script` as ``__main__`` with the arguments `args.args`, as ``python SCRIPT ARGS`` does.
 

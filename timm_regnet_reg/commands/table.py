@@ -71,10 +71,6 @@ def row(backbone: str) -> str:
     return f'| {backbone} | {size} | {" | ".join(columns)} |'
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
-
-
 def main(args: argparse.Namespace) -> None:
     rows = [row(backbone) for backbone in tqdm([*BACKBONES, *CIFAR_BACKBONES], unit='backbone', leave=False)]
     print(*header(), *rows, sep='\n')

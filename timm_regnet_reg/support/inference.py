@@ -26,7 +26,6 @@ from tqdm import tqdm
 from ..errors import UserError
 
 __all__ = [
-    'DEFAULT_MODEL',
     'Prediction',
     'Score',
     'class_labels',
@@ -38,7 +37,6 @@ __all__ = [
     'score',
 ]
 
-DEFAULT_MODEL = 'regnet_reg_resnet20_convlstm'
 URL_PREFIXES = ('http://', 'https://')
 BATCH_SIZE = 32
 

@@ -1,0 +1,133 @@
+"""The commands' arguments. Nothing here imports torch or timm, so that help and mistakes are answered at once."""
+
+import argparse
+from typing import Callable, Dict, Tuple
+
+__all__ = ['COMMANDS', 'DEFAULT_MODEL', 'positive']
+
+DEFAULT_MODEL = 'regnet_reg_resnet20_convlstm'
+
+
+def positive(text: str) -> int:
+    """An argument type: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} was given, expected a whole number, 1 or more')
+    return int(text)
+
+
+def _quickstart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--output',
+        default='.',
+        metavar='DIR',
+        help=f'where {DEFAULT_MODEL}.digits/ goes; one from an earlier run is replaced (default: here)',
+    )
+
+
+def _classify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help='an image, a folder of images, or an http(s) URL')
+    parser.add_argument(
+        '--model',
+        default=DEFAULT_MODEL,
+        help="a model of timm's with weights, hf-hub:OWNER/NAME or local-dir:FOLDER (default: %(default)s)",
+    )
+    parser.add_argument(
+        '--topk',
+        type=positive,
+        default=5,
+        metavar='K',
+        help='how many classes to print (default: %(default)s)',
+    )
+    parser.add_argument('--json', action='store_true', help='print one JSON document')
+
+
+def _package(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a checkpoint of train.py (model_best.pth.tar, say)')
+    parser.add_argument('--model', required=True, help='the architecture that was trained')
+    parser.add_argument('--tag', required=True, help='name of these weights, letters, digits and "_" (cifar10, say)')
+    parser.add_argument('--data-dir', required=True, metavar='DIR', help='holds {split}/<class>/<image>')
+    parser.add_argument('--data-name', required=True, metavar='TEXT', help='what those images are, for the model card')
+    parser.add_argument('--recipe', required=True, metavar='YAML', help='the file that train.py ran with (--config)')
+    parser.add_argument('--split', default='validation', help='folder of the images to score (default: %(default)s)')
+    parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
+    parser.add_argument('--license', default='apache-2.0', help='license of the weights (default: %(default)s)')
+    parser.add_argument('--output', default='.', metavar='DIR', help='where {model}.{tag}/ goes (default: here)')
+    parser.add_argument('--batch-size', type=int, default=128, metavar='N', help='for scoring (default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=2, metavar='N', help='loader processes (default: %(default)s)')
+    parser.add_argument('--device', default='cpu', help='for scoring (default: %(default)s)')
+
+
+def _publish(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('folder', metavar='FOLDER', help='a folder that `package` wrote')
+    parser.add_argument('--repo-id', required=True, metavar='OWNER/NAME', help='the repository; created if need be')
+    parser.add_argument('--private', action='store_true', help='create it as a private repository')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
+    parser.add_argument('--dry-run', action='store_true', help='check and show what would be sent; no network')
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('output', metavar='OUTPUT', help='the file to write, *.onnx')
+    parser.add_argument(
+        '--model',
+        default=DEFAULT_MODEL,
+        metavar='NAME',
+        help='a model with weights: of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER '
+        '(default: %(default)s)',
+    )
+    parser.add_argument(
+        '--int8',
+        metavar='DIR',
+        help='write *.int8.onnx as well; DIR holds train/<class>/<image> and validation/<class>/<image>',
+    )
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('script', metavar='SCRIPT', help="path of the script, in a clone of timm's repository, say")
+    # For the help text: what follows the script never reaches argparse.
+    parser.add_argument('args', metavar='ARGS', nargs='*', help='arguments of the script')
+
+
+def _table(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        '--backbone', metavar='NAME', help='resnet20, resnext50_32x4d, … (default: resnet20 and resnet50)'
+    )
+    what.add_argument(
+        '--scaling', action='store_true', help='fit how the time of regnet_reg_resnet20_convlstm grows, instead'
+    )
+    parser.add_argument(
+        '--batch-size', type=positive, metavar='B', help='images (default: 128 in the CIFAR form, else 16)'
+    )
+    parser.add_argument(
+        '--image-size', type=positive, metavar='S', help='pixels a side (default: 32 in the CIFAR form, else 224)'
+    )
+    parser.add_argument('--repeats', type=positive, default=5, metavar='N', help='default: 5')
+    parser.add_argument('--threads', type=positive, metavar='N', help="CPU threads (default: torch's)")
+    parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
+    parser.add_argument(
+        '--compile',
+        action='store_true',
+        help='time plain and regulated networks compiled, too (each compiles for minutes)',
+    )
+    parser.add_argument('--output', metavar='DIR', help='write every figure as CSV and a plot there (needs matplotlib)')
+
+
+# name: (help line, function that adds the arguments); what runs is `main(args)` of the module of that name in commands,
+# whose docstring is the help text
+COMMANDS: Dict[str, Tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    'quickstart': (
+        'Classify a photograph, fine-tune on a small image set, save the result and load it back.',
+        _quickstart,
+    ),
+    'classify': ('Print the most probable classes of images.', _classify),
+    'package': ('Turn a checkpoint of train.py into a folder that timm and the Hub load.', _package),
+    'publish': ('Upload a packaged folder to the Hugging Face Hub.', _publish),
+    'export': ('Export a network to ONNX, and quantise it to int8.', _export),
+    'run': ("Run one of timm's own scripts with these models registered.", _run),
+    'table': ('Print the table of models with their parameters and multiply-adds.', _table),
+    'bench': ('Measure throughput and memory beside the plain networks.', _bench),
+}
