@@ -5,14 +5,14 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_loader
+from timm.data import ImageDataset, create_loader, create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
 from ..errors import UserError, reason
 
-__all__ = ['ImageFolder', 'Score', 'check_device', 'check_same_classes', 'score']
+__all__ = ['ImageFolder', 'Score', 'check_device', 'check_same_classes', 'score', 'try_image']
 
 
 class Score(NamedTuple):
@@ -56,9 +56,8 @@ class ImageFolder(ImageDataset):
     def __init__(self, root, data_config: Dict[str, Any], num_classes: int, transform=None) -> None:
         if not os.path.isdir(root):
             raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
-        mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
         try:
-            super().__init__(str(root), input_img_mode=mode, transform=transform)
+            super().__init__(str(root), input_img_mode=_mode(data_config), transform=transform)
         except RuntimeError as error:
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
         self.label_names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
@@ -110,6 +109,39 @@ def check_same_classes(images: ImageFolder, training_root) -> None:
         )
 
 
+def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> torch.Tensor:
+    """Logits (1, num_classes) of one image, made up and prepared for the model, on the CPU and in evaluation mode.
+
+    Raises:
+        UserError: It can't be prepared or classified, or the logits aren't finite. `source` is the file to name.
+    """
+    try:
+        image = Image.linear_gradient('L').convert(_mode(data_config))
+        with torch.inference_mode():
+            logits = model(create_transform(**data_config)(image)[None])
+        if logits.shape != (1, model.num_classes):
+            raise ValueError(f'its outputs are of shape {tuple(logits.shape)}')
+    except Exception as error:  # transforms and networks raise whatever they stumble over
+        raise UserError(
+            f'{source}: an image cannot be prepared and classified as it says ({reason(error)}), with {data_config}; '
+            'correct that, or get it again'
+        ) from error
+    _check_finite(logits, source)
+    return logits
+
+
+def _mode(data_config: Dict[str, Any]) -> str:
+    return 'L' if data_config['input_size'][0] == 1 else 'RGB'
+
+
+def _check_finite(logits: torch.Tensor, source) -> None:
+    if not logits.isfinite().all():
+        raise UserError(
+            f'{source}: the network gives outputs that are not finite (NaN or infinite); take weights from before the '
+            'training diverged'
+        )
+
+
 def score(
     model: torch.nn.Module,
     images: ImageFolder,
@@ -143,11 +175,7 @@ def score(
                         f'{images.reader.root}: the network gives {tuple(logits.shape[1:])} outputs an image for '
                         f'{len(images.label_names)} classes; give the data that it was trained on'
                     )
-                if not logits.isfinite().all():
-                    raise UserError(
-                        f'{images.reader.root}: the network gives outputs that are not finite (NaN or infinite), so it '
-                        'has no accuracy; take weights from before the training diverged'
-                    )
+                _check_finite(logits, images.reader.root)
                 acc1, acc5 = accuracy(logits, labels.to(device), topk=(1, 5))
                 top1.update(acc1.item(), len(batch))
                 top5.update(acc5.item(), len(batch))
