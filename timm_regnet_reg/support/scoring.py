@@ -167,8 +167,9 @@ def score(
     top1, top5 = AverageMeter(), AverageMeter()
     model.to(device).eval()
     try:
-        with torch.inference_mode():
-            for batch, labels in tqdm(loader, desc=desc, unit='batch'):
+        # closed by the `with`, so that an error starts on a line of its own
+        with torch.inference_mode(), tqdm(loader, desc=desc, unit='batch') as progress:
+            for batch, labels in progress:
                 logits = model(batch.to(device))
                 if logits.shape != (len(batch), len(images.label_names)):
                     raise UserError(
