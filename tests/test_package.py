@@ -139,8 +139,8 @@ class Bomb:
     [
         (lambda c: c['args'].__setattr__('model', 'resnet18'), ('resnet18', MODEL)),
         (lambda c: c.pop('args'), ("'args'", 'train.py')),
-        (lambda c: c['state_dict'].pop('fc.weight'), ('1 of them missing', 'fc.weight')),
-        (lambda c: c['state_dict'].update(extra=torch.zeros(1)), ('1 of them unexpected', 'extra')),
+        (lambda c: c['state_dict'].pop('fc.weight'), ('1 weights are missing', 'fc.weight')),
+        (lambda c: c['state_dict'].update(extra=torch.zeros(1)), ('1 weights are unexpected', 'extra')),
         (lambda c: c['state_dict'].update({'fc.bias': torch.zeros(4)}), ('fc.bias (4,) instead of (3,)',)),
         (lambda c: c['state_dict']['fc.bias'].fill_(float('nan')), ('not finite', 'fc.bias', 'diverged')),
         (

@@ -295,7 +295,7 @@ class CifarRegulatedResNet(RegulatedResNet):
 def check_arguments(output_strides: Sequence[int], in_chans: int = 3, output_stride: int = 32, **_: Any) -> None:
     """Raise a ValueError for channels or a stride of which timm makes an error of its own, or a useless network."""
     if not isinstance(in_chans, int) or in_chans < 1:
-        raise ValueError(f'in_chans={in_chans!r} was given: the number of channels of the images, 1 or more, is expected.')
+        raise ValueError(f'in_chans={in_chans!r} was given: 1 or more channels of the images are expected.')
     if output_stride not in output_strides:
         *others, last = output_strides
         raise ValueError(
