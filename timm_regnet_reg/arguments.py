@@ -87,6 +87,39 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('args', metavar='ARGS', nargs='*', help='arguments of the script')
 
 
+def _cifar(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('dir', metavar='DIR', help='the folder to write; must not exist, or be empty')
+    parser.add_argument('--dataset', choices=['cifar10', 'cifar100'], default='cifar10', help='default: cifar10')
+    parser.add_argument('--source', metavar='FOLDER', help='take the images of this folder instead of downloading them')
+
+
+def _reproduce(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('train_py', metavar='TRAIN_PY', nargs='?', help="path of timm's train.py")
+    parser.add_argument('--data-dir', metavar='DIR', help='the folder that `regnet-reg cifar` wrote')
+    parser.add_argument('--dataset', choices=['cifar10', 'cifar100'], default='cifar10', help='default: cifar10')
+    parser.add_argument(
+        '--table',
+        nargs='+',
+        choices=['resnet20', 'seresnet20', 'stages', 'depth'],
+        default=['resnet20'],
+        help='default: resnet20',
+    )
+    parser.add_argument('--models', nargs='+', metavar='MODEL', help='only these of the tables (default: all)')
+    parser.add_argument(
+        '--seeds', nargs='+', type=int, default=[0], metavar='N', help='each trains all models before the next does'
+    )
+    parser.add_argument('--schedule', choices=['short', 'papers'], default='short', help='default: short')
+    parser.add_argument(
+        '--float32', action='store_true', help='train in float32, not compiled, instead of compiled in bfloat16'
+    )
+    parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='runs at a time (default: 1)')
+    parser.add_argument('--output', default='runs', metavar='DIR', help='for logs and checkpoints (default: ./runs)')
+    parser.add_argument(
+        '--results', default='train_recipes/results', metavar='DIR', help='for the CSV files (default: %(default)s)'
+    )
+    parser.add_argument('--report', action='store_true', help='print and draw the results instead')
+
+
 def _table(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -128,6 +161,8 @@ COMMANDS: Dict[str, Tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     'publish': ('Upload a packaged folder to the Hugging Face Hub.', _publish),
     'export': ('Export a network to ONNX, and quantise it to int8.', _export),
     'run': ("Run one of timm's own scripts with these models registered.", _run),
+    'cifar': ('Write CIFAR-10 or CIFAR-100 as the folders that the recipes train on.', _cifar),
+    'reproduce': ("Train the papers' CIFAR tables with train.py, and report the results beside theirs.", _reproduce),
     'table': ('Print the table of models with their parameters and multiply-adds.', _table),
     'bench': ('Measure throughput and memory beside the plain networks.', _bench),
 }

@@ -50,7 +50,7 @@ from ..cells import CELLS, ConvLSTM
 from ..equations import Kernels, State
 from ..errors import UserError
 from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
-from .table import count
+from ..support.counting import count
 
 __all__ = ['Contender', 'DenseConvRNN', 'NaiveConvLSTM', 'measure', 'networks', 'peak_memory', 'scaling_exponent']
 
