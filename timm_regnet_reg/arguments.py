@@ -15,6 +15,10 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--device', default='cpu', help='cpu, cuda, cuda:1 and the like (default: %(default)s)')
+
+
 def _quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--output',
@@ -39,6 +43,7 @@ def _classify(parser: argparse.ArgumentParser) -> None:
         help='how many classes to print (default: %(default)s)',
     )
     parser.add_argument('--json', action='store_true', help='print one JSON document')
+    _add_device(parser)
 
 
 def _package(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +59,7 @@ def _package(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--output', default='.', metavar='DIR', help='where {model}.{tag}/ goes (default: here)')
     parser.add_argument('--batch-size', type=int, default=128, metavar='N', help='for scoring (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=2, metavar='N', help='loader processes (default: %(default)s)')
-    parser.add_argument('--device', default='cpu', help='for scoring (default: %(default)s)')
+    _add_device(parser)
 
 
 def _publish(parser: argparse.ArgumentParser) -> None:

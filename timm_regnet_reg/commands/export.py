@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..support.inference import load_model, score
+from ..support.inference import check_finite, load_model, score
 
 __all__ = ['OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize']
 
@@ -82,15 +82,21 @@ def export_onnx(model: nn.Module, path) -> None:
 
 
 def largest_difference(model: nn.Module, path) -> float:
-    """The largest difference of an ONNX file's logits from the model's on random images, over the largest logit."""
+    """The largest difference of an ONNX file's logits from the model's on random images, over the largest logit.
+
+    Raises:
+        UserError: The model or the file gives outputs that aren't finite.
+    """
     onnx_model = OnnxModel(path, model.num_classes)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch_size in (1, 3):
         images = torch.randn(batch_size, *_input_size(model), generator=generator)
         with torch.inference_mode():
-            expected = model(images)
-        largest = max(largest, ((onnx_model(images) - expected).abs().max() / expected.abs().max()).item())
+            expected, actual = model(images), onnx_model(images)
+        check_finite(expected, 'the PyTorch model')
+        check_finite(actual, path)
+        largest = max(largest, ((actual - expected).abs().max() / expected.abs().max()).item())
     return largest
 
 
@@ -181,6 +187,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f'{output.parent}: no such folder; create it, or give an OUTPUT elsewhere')
     model = load_model(args.model).cpu()
     data_config = resolve_data_config({}, model=model)
+    with torch.inference_mode():
+        check_finite(model(torch.zeros(1, *data_config['input_size'])), f'--model {args.model}')
     if args.int8:
         calibration = _calibration_loader(args.int8, data_config)
 
