@@ -18,7 +18,6 @@ import timm_regnet_reg
 from timm_regnet_reg import __main__ as command_line
 from timm_regnet_reg.commands import export
 
-CELLS = ('convrnn', 'convgru', 'convlstm')
 SMALL = dict(layers=(2, 1, 1, 2), channels=(16, 32, 48, 64), num_classes=7)
 SMALL_CIFAR = dict(layers=(2, 1, 2), num_classes=7)
 NETS = {
@@ -39,7 +38,10 @@ NETS = {
     ),
     'no shortcut': ('regnet_reg_resnet50_convrnn', dict(SMALL, shortcut='none')),
 }
-FORMS = [f'{form}_{cell}' for form in ('resnet20', 'resnet50') for cell in CELLS]
+# each cell, block and form once
+TYPICAL = ('cifar convgru, SE, option A', 'basic, anti-aliased', 'bottleneck, anti-aliased, stem without pooling')
+typical = pytest.mark.parametrize('net', TYPICAL, indirect=True)
+FORMS = ('resnet20_convrnn', 'resnet50_convgru', 'resnet20_convlstm')
 
 with_onnx = pytest.mark.skipif(
     any(map(export._is_missing, export.PACKAGES)),
@@ -103,6 +105,7 @@ def test_reparameterized_network_inside_another_module_has_its_stem_folded_too(n
         assert torch.equal(again(x), folded(x))
 
 
+@typical
 def test_reparameterizing_leaves_the_network_itself_untouched(net):
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     reparameterize_model(nn.Sequential(net))
@@ -114,6 +117,7 @@ def test_reparameterizing_leaves_the_network_itself_untouched(net):
 
 
 @pytest.mark.parametrize('mode', [(), (True,)], ids=['train()', 'train(True)'])
+@typical
 def test_reparameterized_network_says_that_it_trains_no_more(net, mode):
     x = images_for(net)
     for folded in (reparameterize_model(net), reparameterize_model(nn.Sequential(net))[0]):
@@ -133,6 +137,7 @@ def test_network_in_training_mode_is_folded_as_in_evaluation_mode():
         assert_close(reparameterize_model(model.train()).eval()(x), expected)
 
 
+@typical
 def test_reparameterized_network_is_copied_saved_and_scripted(net, tmp_path):
     x = images_for(net)
     folded, other = reparameterize_model(net), reparameterize_model(net)
