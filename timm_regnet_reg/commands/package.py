@@ -19,7 +19,7 @@ from timm.models import clean_state_dict, is_model
 
 from ..errors import UserError
 from ..support.folder import load_strictly, model_card, save_folder
-from ..support.inference import score
+from ..support.scoring import ImageFolder, check_device, score
 
 # Arguments of train.py that say where and on what machine it ran, not what it did.
 _PLACES = {
@@ -144,7 +144,8 @@ def main(args: argparse.Namespace) -> None:
     )
     load_strictly(model, state_dict, args.checkpoint)
     data_config = resolve_data_config(train_args, model=model)
-    result = score(model, args.data_dir, data_config, args.split, args.batch_size, args.workers, args.device)
+    images = ImageFolder(Path(args.data_dir, args.split), data_config, model.num_classes)
+    result = score(model, images, data_config, args.batch_size, args.workers, check_device(args.device))
 
     details = {
         'Recipe': recipe,

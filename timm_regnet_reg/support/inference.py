@@ -1,4 +1,4 @@
-"""Loading a classifier, reading images, predicting and scoring, for all commands."""
+"""Loading a classifier, reading images, and predicting, for all commands."""
 
 import difflib
 import io
@@ -8,7 +8,7 @@ from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from threading import Thread
-from typing import Any, Dict, Iterable, List, NamedTuple
+from typing import Dict, Iterable, List, NamedTuple
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -17,29 +17,24 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import (
     ImageNetInfo,
-    create_dataset,
-    create_loader,
     create_transform,
     infer_imagenet_subset,
     resolve_data_config,
 )
 from timm.models import is_model
-from timm.utils import AverageMeter, accuracy
-from tqdm import tqdm
 
 from ..errors import UserError, reason
+from .folder import check_classifier
+from .scoring import check_device, check_finite
 
 __all__ = [
     'Prediction',
-    'Score',
-    'check_finite',
     'class_labels',
     'find_images',
     'load_model',
     'predict',
     'prediction_lines',
     'read_image',
-    'score',
 ]
 
 URL_PREFIXES = ('http://', 'https://')
@@ -54,26 +49,6 @@ class Prediction(NamedTuple):
     label: str
     index: int
     probability: float
-
-
-class Score(NamedTuple):
-    """Accuracies in percent, the number of images they were measured on, and the class names in label order."""
-
-    top1: float
-    top5: float
-    images: int
-    label_names: List[str]
-
-
-def check_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f'--device {name}: cannot be used ({reason(error)}); give cpu, or cuda where it is there'
-        ) from error
-    return device
 
 
 def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
@@ -106,16 +81,14 @@ def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
         ) from error
     if not getattr(model, 'num_classes', 0):
         raise UserError(f'--model {name}: has no classifier; choose a model that was trained to classify')
-    weights_classes = model.pretrained_cfg['num_classes']
-    if model.num_classes != weights_classes:  # then timm leaves the classifier at random
-        raise UserError(
-            f'--model {name}: has {model.num_classes} classes by its arguments, but its weights have '
-            f'{weights_classes} by its config; correct num_classes in config.json, or package the network again'
-        )
     try:
         class_labels(model)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f'--model {name}: {reason(error)}; correct label_names in config.json') from error
+        raise UserError(
+            f'--model {name}: its config has label_names or label_descriptions that are not the names of its '
+            f'{model.num_classes} classes ({reason(error)}); correct config.json'
+        ) from error
+    check_classifier(model, f'--model {name}')
     return model.eval().to(torch_device)
 
 
@@ -123,22 +96,20 @@ def class_labels(model: torch.nn.Module) -> Dict[int, str]:
     """index: label of the classes that have one, from the model's config or, by their number, ImageNet's.
 
     Raises:
-        ValueError: The config's labels aren't names, or not as many as there are classes.
+        ValueError, TypeError or AttributeError: The config's labels are no names of classes.
     """
     cfg = model.pretrained_cfg
     names = cfg.get('label_names')
     if not names:
         subset = infer_imagenet_subset(model)
         return dict(enumerate(ImageNetInfo(subset).label_descriptions())) if subset else {}
-    if isinstance(names, str):
-        names = [names]
-    if not isinstance(names, dict) and len(names) != model.num_classes:
-        raise ValueError(f'its config has {len(names)} labels for {model.num_classes} classes')
     # a dict names some classes only, and one of JSON has text for keys
     pairs = names.items() if isinstance(names, dict) else enumerate(names)
     labels = {int(index): name for index, name in pairs}
-    if not all(isinstance(name, str) and 0 <= index < model.num_classes for index, name in labels.items()):
-        raise ValueError(f'its config has labels that are not names of its {model.num_classes} classes')
+    if isinstance(names, str) or not all(isinstance(name, str) for name in labels.values()):
+        raise TypeError(f'{names!r:.40} was found')
+    if not set(labels) <= set(range(model.num_classes)):
+        raise ValueError(f'class {max(labels)} has a label')
     descriptions = cfg.get('label_descriptions') or {}
     return {index: descriptions.get(name, name) for index, name in labels.items()}
 
@@ -233,15 +204,6 @@ def read_image(source: str) -> Image.Image:
     raise UserError(f'{source}: has 32 bits a pixel, and what is white is not known; save it with 8 or 16 bits')
 
 
-def check_finite(outputs: torch.Tensor, what: str) -> None:
-    """Raises a UserError if the outputs of a network, or of the file that `what` names, aren't all finite."""
-    if not outputs.isfinite().all():
-        raise UserError(
-            f'{what}: gives outputs that are not finite (NaN or infinite): its weights are damaged, or from a training '
-            'that diverged; take others'
-        )
-
-
 def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5) -> List[List[Prediction]]:
     """Each image's `topk` most probable classes (all of them if there are fewer), the most probable first.
 
@@ -278,53 +240,3 @@ def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5
 
 def prediction_lines(predictions: List[Prediction]) -> str:
     return '\n'.join(f'{100 * probability:7.2f} %  {label}' for label, _, probability in predictions)
-
-
-def score(
-    model: torch.nn.Module,
-    data_dir: str,
-    data_config: Dict[str, Any],
-    split: str = 'validation',
-    batch_size: int = 128,
-    workers: int = 2,
-    device: str = 'cpu',
-) -> Score:
-    """Accuracy on `{data_dir}/{split}/<class>/*`, with timm's loader and a progress bar on stderr.
-
-    Args:
-        data_config: Input size, mean, std, interpolation and crop, as `timm.data.resolve_data_config` gives them.
-
-    Raises:
-        UserError: There is no such folder, it holds no images, or as many classes as the model tells apart.
-    """
-    root = Path(data_dir, split)
-    if not root.is_dir():
-        raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
-    mode = 'RGB' if data_config['input_size'][0] == 3 else 'L'
-    try:
-        dataset = create_dataset('', root=str(root), split=split, search_split=False, input_img_mode=mode)
-    except RuntimeError as error:
-        raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
-    label_names = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
-    if len(label_names) != model.num_classes:
-        raise UserError(
-            f'{root}: holds {len(label_names)} classes ({", ".join(label_names[:4])}, …), but the model tells '
-            f'{model.num_classes} apart; give the data that it was trained on'
-        )
-    loader = create_loader(
-        dataset,
-        **data_config,
-        batch_size=batch_size,
-        num_workers=workers,
-        use_prefetcher=False,
-        device=torch.device(device),
-    )
-    top1, top5 = AverageMeter(), AverageMeter()
-    model.to(device).eval()
-    with torch.inference_mode():
-        for images, labels in tqdm(loader, desc='scoring', unit='batch'):
-            acc1, acc5 = accuracy(model(images.to(device)), labels.to(device), topk=(1, 5))
-            top1.update(acc1.item(), len(images))
-            top5.update(acc5.item(), len(images))
-    model.cpu()
-    return Score(round(top1.avg, 3), round(top5.avg, 3), top1.count, label_names)
