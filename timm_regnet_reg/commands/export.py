@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..support.inference import load_model
-from ..support.scoring import ImageFolder, Score, check_finite, score
+from ..support.scoring import ImageFolder, Score, check_finite, check_same_classes, score
 from ..support.writing import check_writable, replacing
 
 __all__ = ['OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize']
@@ -149,14 +149,14 @@ def _images(data_dir: str, model: nn.Module, data_config: Dict[str, Any]) -> Tup
         Path(data_dir, 'train'), data_config, model.num_classes, transform=create_transform(**data_config)
     )
     validation = ImageFolder(Path(data_dir, 'validation'), data_config, model.num_classes)
+    check_same_classes(validation, Path(data_dir, 'train'))
     labels = model.pretrained_cfg.get('label_names')
-    for names, whose in ((training.label_names, f'{data_dir}/train'), (labels, 'the model')):
-        if isinstance(names, (list, tuple)) and list(names) != validation.label_names:
-            mine, other = next(pair for pair in zip(validation.label_names, names) if pair[0] != pair[1])
-            raise UserError(
-                f'{data_dir}/validation: its classes are not those of {whose} ({mine} instead of {other}), so labels '
-                'would be mistaken; rename the folders'
-            )
+    if isinstance(labels, (list, tuple)) and list(labels) != validation.label_names:
+        mine, other = next(pair for pair in zip(validation.label_names, labels) if pair[0] != pair[1])
+        raise UserError(
+            f"{data_dir}: its classes are not the model's ({mine} instead of {other}), so labels would be mistaken; "
+            'rename the folders'
+        )
     chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
     return Subset(training, chosen.tolist()), validation
 

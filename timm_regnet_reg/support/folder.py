@@ -160,17 +160,33 @@ model = timm.create_model('local-dir:{name}', pretrained=True)  # on the Hub: 'h
 """
 
 
-def check_replaceable(folder) -> None:
+def check_replaceable(folder, overwrite: bool = False) -> None:
     """Checks before the work that `save_folder` can write there.
 
+    Args:
+        overwrite: A card that isn't as it was written may be replaced.
+
     Raises:
-        UserError: The place can't be written, or holds files that are not of this kind.
+        UserError: The place can't be written, or holds files that are not of this kind, or a card edited by hand.
     """
     check_writable(folder, folder=True)
-    if os.path.isdir(folder):
-        foreign = sorted({*os.listdir(folder)} - {*FILES})
-        if foreign:
-            raise UserError(f'{folder}: not replaced, for it is more than a model ({", ".join(foreign)}); move it away')
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    foreign = sorted({*os.listdir(folder)} - {*FILES})
+    if foreign:
+        raise UserError(f'{folder}: not replaced, for it is more than a model ({", ".join(foreign)}); move it away')
+    if overwrite or not (folder / CARD).exists():
+        return
+    try:
+        written = json.loads((folder / CONFIG).read_text(encoding='utf-8')).get('card_sha256')
+    except (OSError, ValueError, AttributeError):
+        written = None
+    if file_sha256(folder / CARD) != written:
+        raise UserError(
+            f'{folder / CARD}: not replaced, for it may have been edited by hand; move {folder} away, or package with '
+            '--overwrite'
+        )
 
 
 def save_folder(
@@ -181,6 +197,7 @@ def save_folder(
     label_names: List[str],
     license: str,
     data_config: Optional[Dict[str, Any]] = None,
+    overwrite: bool = False,
 ) -> Path:
     """Writes `config.json`, `model.safetensors` and `README.md` as a whole or not at all.
 
@@ -189,11 +206,12 @@ def save_folder(
     Args:
         card: The text of README.md, as `model_card` makes it.
         data_config: Input size, mean, std, interpolation and crop to record; by default the model's own.
+        overwrite: As of `check_replaceable`.
 
     Raises:
-        UserError: The disk is full or not writable, or the target holds files that are not of this kind.
+        UserError: The disk is full or not writable, or the target holds other files or a card edited by hand.
     """
-    check_replaceable(folder)
+    check_replaceable(folder, overwrite)
     with replacing(folder, folder=True) as new:
         save_for_hf(
             model,
@@ -205,8 +223,9 @@ def save_folder(
         shutil.copymode(new / CONFIG, new / WEIGHTS)  # safetensors lets nobody else read its files
         config = json.loads((new / CONFIG).read_text(encoding='utf-8'))
         config['sha256'] = file_sha256(new / WEIGHTS)
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         (new / CARD).write_text(card, encoding='utf-8')
+        config['card_sha256'] = file_sha256(new / CARD)
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         check_folder(new)
     return Path(folder).absolute()
 

@@ -1,18 +1,19 @@
 """Accuracy on folders of images, and what must be right before it is measured."""
 
-from pathlib import Path
+import os
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_loader
+from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils import AverageMeter, accuracy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, reason
 
-__all__ = ['ImageFolder', 'Score', 'check_device', 'check_finite', 'score', 'score_loader']
+__all__ = ['ImageFolder', 'Score', 'check_device', 'check_finite', 'check_same_classes', 'score', 'score_loader']
 
 
 class Score(NamedTuple):
@@ -63,7 +64,7 @@ class ImageFolder(ImageDataset):
     """
 
     def __init__(self, root, data_config: Dict[str, Any], num_classes: int, transform=None) -> None:
-        if not Path(root).is_dir():
+        if not os.path.isdir(root):
             raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
         mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
         try:
@@ -71,14 +72,14 @@ class ImageFolder(ImageDataset):
         except RuntimeError as error:
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
         self.label_names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
-        folders: Dict[str, Path] = {}
-        for folder in sorted({Path(name).parent for name in self.filenames(absolute=True)}):
-            if folder.name in folders:
-                raise UserError(
-                    f'{root}: holds the class {folder.name} twice, as {folders[folder.name]} and {folder}; expected '
-                    f'{root}/<class>/<image>'
-                )
-            folders[folder.name] = folder
+        folders = sorted({os.path.dirname(name) for name in self.filenames(absolute=True)})
+        if len(folders) > len(self.label_names):
+            names = [os.path.basename(folder) for folder in folders]
+            twice = [folder for folder, name in zip(folders, names) if names.count(name) > 1]
+            raise UserError(
+                f'{root}: holds a class twice ({", ".join(twice[:2])}, …), which would be taken together; expected '
+                f'{root}/<class>/<image>'
+            )
         if len(self.label_names) != num_classes:
             raise UserError(
                 f'{root}: holds {len(self.label_names)} classes ({", ".join(self.label_names[:4])}, …), but the model '
@@ -93,9 +94,30 @@ class ImageFolder(ImageDataset):
         except Exception as error:  # decoders raise whatever they stumble over in a damaged file
             name = self.filename(index, absolute=True)
             raise UserError(
-                f'{name}: cannot be read as an image ({error or type(error).__name__}); get it again, or move it away'
+                f'{name}: cannot be read as an image ({reason(error)}); get it again, or move it away'
             ) from error
         return self.transform(image) if self.transform else image, label
+
+
+def check_same_classes(images: ImageFolder, training_root) -> None:
+    """Checks that images are of the classes that training images are of, whose order makes the labels.
+
+    Args:
+        training_root: `{training_root}/<class>/<image>`; what isn't there isn't compared.
+
+    Raises:
+        UserError: A class is missing, or added, or has another name.
+    """
+    if not os.path.isdir(training_root):
+        return
+    trained = set(find_images_and_targets(str(training_root), sort=False)[1])
+    found = set(images.label_names)
+    if trained and found != trained:
+        lacks, adds = (', '.join(sorted(names)[:4]) or 'none' for names in (trained - found, found - trained))
+        raise UserError(
+            f'{images.reader.root}: its classes are not those of {training_root} (missing: {lacks}; added: {adds}), so '
+            'labels would be shifted; give the data that the network was trained on'
+        )
 
 
 def score(
