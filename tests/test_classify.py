@@ -206,8 +206,8 @@ def _of_unknown_range(mode, path, photo):
         (_flipped, 'cannot be read as an image'),
         (_empty, 'is not an image'),
         (_empty_folder, 'holds no images'),
-        (partial(_of_unknown_range, 'I'), 'has 32 bits a pixel'),
-        (partial(_of_unknown_range, 'F'), 'has 32 bits a pixel'),
+        (partial(_of_unknown_range, 'I'), 'cannot be read as an image (it has 32 bits a pixel'),
+        (partial(_of_unknown_range, 'F'), 'cannot be read as an image (it has 32 bits a pixel'),
         (lambda path, photo: None, 'no such file or folder'),
     ],
 )

@@ -11,7 +11,6 @@ from threading import Thread
 from typing import Dict, Iterable, List, NamedTuple
 from urllib.request import Request, urlopen
 
-import numpy as np
 import timm
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,7 +24,7 @@ from timm.models import is_model
 
 from ..errors import UserError, reason
 from .folder import check_classifier
-from .scoring import check_device, check_finite
+from .scoring import check_device, check_finite, convert
 
 __all__ = [
     'Prediction',
@@ -190,18 +189,13 @@ def read_image(source: str) -> Image.Image:
     file = io.BytesIO(_fetch(source)) if source.startswith(URL_PREFIXES) else source
     try:
         with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I;16'):  # convert() clips, and turns most of it white
-                image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-            if image.mode not in ('I', 'F'):
-                return image.convert('RGB')
+            return convert(ImageOps.exif_transpose(image), 'RGB')
     except UnidentifiedImageError as error:
         raise UserError(f'{source}: is not an image that Pillow can open; give a JPEG or PNG, say') from error
     except Exception as error:  # decoders raise whatever they stumble over in a damaged file
         raise UserError(
             f'{source}: cannot be read as an image ({reason(error)}); it may be damaged, get it again'
         ) from error
-    raise UserError(f'{source}: has 32 bits a pixel, and what is white is not known; save it with 8 or 16 bits')
 
 
 def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5) -> List[List[Prediction]]:
@@ -225,7 +219,7 @@ def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5
     device = next(model.parameters()).device
     results = []
     images = iter(images)
-    while batch := [transform(image.convert(mode)) for image in islice(images, BATCH_SIZE)]:
+    while batch := [transform(convert(image, mode)) for image in islice(images, BATCH_SIZE)]:
         with torch.inference_mode():
             logits = model(torch.stack(batch).to(device)).float()
         check_finite(logits, model_name)

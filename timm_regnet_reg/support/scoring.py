@@ -13,7 +13,16 @@ from tqdm import tqdm
 
 from ..errors import UserError, reason
 
-__all__ = ['ImageFolder', 'Score', 'check_device', 'check_finite', 'check_same_classes', 'score', 'score_loader']
+__all__ = [
+    'ImageFolder',
+    'Score',
+    'check_device',
+    'check_finite',
+    'check_same_classes',
+    'convert',
+    'score',
+    'score_loader',
+]
 
 
 class Score(NamedTuple):
@@ -49,6 +58,19 @@ def check_finite(outputs: torch.Tensor, what: str) -> None:
             f'{what}: gives outputs that are not finite (NaN or infinite): its weights are damaged, or from a training '
             'that diverged; take others'
         )
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """An image in mode 'L' or 'RGB', with grey of 16 bits scaled, which Pillow clips and thereby turns white.
+
+    Raises:
+        ValueError: The range of its values isn't known.
+    """
+    if image.mode.startswith('I;16'):
+        image = image.convert('I').point(lambda value: value * (1 / 257) + 0.5).convert('L')
+    elif image.mode in ('I', 'F'):
+        raise ValueError('it has 32 bits a pixel, and what is white is not known; save it with 8 or 16')
+    return image.convert(mode)
 
 
 class ImageFolder(ImageDataset):
@@ -90,7 +112,7 @@ class ImageFolder(ImageDataset):
         try:
             file, label = self.reader[index]
             with file, Image.open(file) as image:
-                image = image.convert(self.input_img_mode)
+                image = convert(image, self.input_img_mode)
         except Exception as error:  # decoders raise whatever they stumble over in a damaged file
             name = self.filename(index, absolute=True)
             raise UserError(
