@@ -312,6 +312,9 @@ def _negative_variance(weights):
         (dict(config=_set(label_names={'a': 'd'})), 'are not the names of its 3 classes'),
         (dict(config=_set(label_names=7)), 'are not the names of its 3 classes'),
         (dict(config=_set(label_descriptions=['a'])), 'are not the names of its 3 classes'),
+        (dict(config=lambda config: config['pretrained_cfg'].update(interpolation='nope')), 'cannot be prepared'),
+        (dict(config=lambda config: config['pretrained_cfg'].update(std=[0, 0, 0])), 'error: --model'),
+        (dict(config=lambda config: config['pretrained_cfg'].update(input_size=[3, -5, 32])), 'error: --model'),
         (dict(weights=_negative_variance), 'not finite'),
     ],
 )

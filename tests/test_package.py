@@ -312,7 +312,7 @@ SPOILED = {
     'missing_file': (lambda f: (f / 'README.md').unlink(), 'README.md is missing'),
     'broken_config': (lambda f: (f / 'config.json').write_text('{'), 'config.json'),
     'bad_arguments': (lambda f: edit_config(f, model_args={'layers_of_cake': 3}), 'cannot be built'),
-    'labels': (lambda f: edit_config(f, label_names=['ant']), 'names 1 labels for 3 classes'),
+    'labels': (lambda f: edit_config(f, label_names=['ant']), 'label_names are 1'),
     'card_without_license': (
         lambda f: (f / 'README.md').write_text((f / 'README.md').read_text().replace('license:', 'lic:')),
         'license',

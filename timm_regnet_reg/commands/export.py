@@ -187,8 +187,6 @@ def main(args: argparse.Namespace) -> None:
         check_writable(path)
     model = load_model(args.model)
     data_config = resolve_data_config({}, model=model)
-    with torch.inference_mode():
-        check_finite(model(torch.zeros(1, *data_config['input_size'])), f'--model {args.model}')
     if args.int8:
         calibration, validation = _images(args.int8, model, data_config)
 

@@ -24,7 +24,7 @@ from timm.models import is_model
 
 from ..errors import UserError, reason
 from .folder import check_classifier
-from .scoring import check_device, check_finite, convert
+from .scoring import check_device, check_finite, convert, try_image
 
 __all__ = [
     'Prediction',
@@ -58,8 +58,8 @@ def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
         device: Where to put it: 'cpu', 'cuda', 'cuda:1' and the like.
 
     Raises:
-        UserError: There is no such device or model, it has no weights, they can't be loaded, or it has no classifier,
-            or one that isn't that of its weights or its labels.
+        UserError: There is no such device or model, it has no weights, they can't be loaded, it has no classifier or
+            one that isn't that of its weights or its labels, or it doesn't classify an image as its config says.
     """
     torch_device = check_device(device)
     if ':' not in name:
@@ -88,7 +88,8 @@ def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
             f'{model.num_classes} classes ({reason(error)}); correct config.json'
         ) from error
     check_classifier(model, f'--model {name}')
-    return model.eval().to(torch_device)
+    try_image(model.eval(), resolve_data_config(model=model), f'--model {name}')
+    return model.to(torch_device)
 
 
 def class_labels(model: torch.nn.Module) -> Dict[int, str]:

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_loader
+from timm.data import ImageDataset, create_loader, create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils import AverageMeter, accuracy
 from torch.utils.data import DataLoader
@@ -22,6 +22,7 @@ __all__ = [
     'convert',
     'score',
     'score_loader',
+    'try_image',
 ]
 
 
@@ -51,12 +52,12 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def check_finite(outputs: torch.Tensor, what: str) -> None:
-    """Raises a UserError if the outputs of what is named aren't all finite."""
-    if not outputs.isfinite().all():
+def check_finite(logits: torch.Tensor, source) -> None:
+    """Raises a UserError, which names `source`, if logits aren't all finite."""
+    if not logits.isfinite().all():
         raise UserError(
-            f'{what}: gives outputs that are not finite (NaN or infinite): its weights are damaged, or from a training '
-            'that diverged; take others'
+            f'{source}: the network gives outputs that are not finite (NaN or infinite); take weights from before the '
+            'training diverged'
         )
 
 
@@ -88,9 +89,8 @@ class ImageFolder(ImageDataset):
     def __init__(self, root, data_config: Dict[str, Any], num_classes: int, transform=None) -> None:
         if not os.path.isdir(root):
             raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
-        mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
         try:
-            super().__init__(str(root), input_img_mode=mode, transform=transform)
+            super().__init__(str(root), input_img_mode=_mode(data_config), transform=transform)
         except RuntimeError as error:
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
         self.label_names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
@@ -142,6 +142,31 @@ def check_same_classes(images: ImageFolder, training_root) -> None:
         )
 
 
+def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> torch.Tensor:
+    """Logits (1, num_classes) of one image, made up and prepared for the model, on the CPU and in evaluation mode.
+
+    Raises:
+        UserError: It can't be prepared or classified, or the logits aren't finite. `source` is the file to name.
+    """
+    try:
+        image = Image.linear_gradient('L').convert(_mode(data_config))
+        with torch.inference_mode():
+            logits = model(create_transform(**data_config)(image)[None])
+        if logits.shape != (1, model.num_classes):
+            raise ValueError(f'its outputs are of shape {tuple(logits.shape)}')
+    except Exception as error:  # transforms and networks raise whatever they stumble over
+        raise UserError(
+            f'{source}: an image cannot be prepared and classified as it says ({reason(error)}), with {data_config}; '
+            'correct that, or get it again'
+        ) from error
+    check_finite(logits, source)
+    return logits
+
+
+def _mode(data_config: Dict[str, Any]) -> str:
+    return 'L' if data_config['input_size'][0] == 1 else 'RGB'
+
+
 def score(
     model: torch.nn.Module,
     images: ImageFolder,
@@ -187,7 +212,7 @@ def score_loader(
                         f'{desc}: the network gives {tuple(logits.shape[1:])} outputs an image for {len(label_names)} '
                         'classes; give the data that it was trained on'
                     )
-                check_finite(logits, f'{desc}: the network')
+                check_finite(logits, desc)
                 acc1, acc5 = accuracy(logits, labels.to(device), topk=(1, 5))
                 top1.update(acc1.item(), len(batch))
                 top5.update(acc5.item(), len(batch))
