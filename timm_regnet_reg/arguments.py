@@ -54,6 +54,7 @@ def _classify(parser: argparse.ArgumentParser) -> None:
         help='how many classes to print (default: %(default)s)',
     )
     parser.add_argument('--json', action='store_true', help='print one JSON document')
+    _add_device(parser)
 
 
 def _package(parser: argparse.ArgumentParser) -> None:
