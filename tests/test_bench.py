@@ -45,7 +45,7 @@ def test_naive_cell_is_the_reference():
     params = {key: value.detach() for key, value in cell.state_dict().items()}
     H = C = H_expected = C_expected = None
     for X in torch.randn(3, 2, 3, 5, 4, dtype=torch.float64):
-        H, C = cell(X, H, C)
+        H, C = cell.step(X, H, C, cell())
         H_expected, C_expected = reference_cell('convlstm', params, X, H_expected, C_expected)
         torch.testing.assert_close(H, H_expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(C, C_expected, rtol=1e-12, atol=1e-12)
@@ -63,8 +63,8 @@ def test_dense_cell_with_a_separable_kernel_is_the_convrnn():
         dense.conv.bias.copy_(separable.bias.normal_())
     H = H_expected = None
     for X in torch.randn(3, 2, N, 5, 4, dtype=torch.float64):
-        H, _ = dense.update(X, H, None, dense.kernels())
-        H_expected, _ = separable(X, H_expected)
+        H, _ = dense.step(X, H, None, dense())
+        H_expected, _ = separable.step(X, H_expected, None, separable())
         torch.testing.assert_close(H, H_expected, rtol=1e-12, atol=1e-12)
 
 

@@ -66,11 +66,11 @@ INSTALL = 'pip install "timm-regnet-reg[bench]"'
 class NaiveConvLSTM(ConvLSTM):
     """The ConvLSTM as its equations are written: two convolutions a gate, and everything kept for backward."""
 
-    def kernels(self) -> Kernels:
+    def forward(self) -> Kernels:
         return [self.pointwise, self.depthwise, self.bias]
 
     @staticmethod
-    def update(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
+    def step(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
         """As equations.convlstm, but W is the cell's three parameters."""
         if H is None:
             H = C = torch.zeros_like(X)
@@ -92,11 +92,11 @@ class DenseConvRNN(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(2 * channels, channels, 3, padding=1, device=device, dtype=dtype)
 
-    def kernels(self) -> Kernels:
+    def forward(self) -> Kernels:
         return [self.conv.weight, self.conv.bias]
 
     @staticmethod
-    def update(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
+    def step(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
         """X and H (B, N, height, width) to the new H."""
         H = torch.zeros_like(X) if H is None else H
         return torch.tanh(F.conv2d(torch.cat([X, H], dim=1), *W, padding=1)), C
@@ -115,9 +115,9 @@ class Regulators(nn.Module):
         """The input X of each stage, (B, N, height, width), to the last H of each."""
         Hs = []
         for cell, steps, X in zip(self.cells, self.steps, Xs):
-            W, H, C = cell.kernels(), None, None
+            W, H, C = cell(), None, None
             for _ in range(steps):
-                H, C = cell.update(X, H, C, W)
+                H, C = cell.step(X, H, C, W)
             Hs.append(H)
         return Hs
 
