@@ -26,8 +26,8 @@ def _threads(text: str) -> int:
 def _script(text: str) -> str:
     if not os.path.isfile(text):
         raise argparse.ArgumentTypeError(
-            f'there is no file {text!r}: give the path of a script, such as validate.py in a clone of timm\'s repository '
-            '(github.com/huggingface/pytorch-image-models)'
+            f'there is no file {text!r}: give the path of a script, such as validate.py in a clone of '
+            'github.com/huggingface/pytorch-image-models'
         )
     return text
 
@@ -99,7 +99,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('script', type=_script, metavar='SCRIPT', help="path of the script, in a clone of timm's repository, say")
+    parser.add_argument('script', type=_script, metavar='SCRIPT', help='path of the script')
     # For the help text: what follows the script never reaches argparse.
     parser.add_argument('args', metavar='ARGS', nargs='*', help='arguments of the script')
 

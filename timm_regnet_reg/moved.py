@@ -11,6 +11,7 @@ __all__ = ['HOMES', 'Moved']
 HOMES: Dict[str, Tuple[str, ...]] = {
     'bench': ('support.rivals', 'support.measuring', 'commands.bench'),
     'classify': ('arguments', 'support.inference', 'commands.classify'),
+    'eager': ('equations',),
     'export': ('commands.export',),
     'package': ('support.folder', 'support.inference', 'commands.package'),
     'publish': ('commands.publish',),

@@ -6,13 +6,15 @@ import os
 import tempfile
 import timeit
 from dataclasses import dataclass, field
-from typing import Callable, List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.benchmark import timer
 from tqdm import tqdm
+
+from .counting import count
 
 __all__ = ['FORMATS', 'Contender', 'infer', 'measure', 'measure_peaks', 'peak_memory', 'train']
 
@@ -42,8 +44,6 @@ class Contender:
         inputs: Tensors (B, C, height, width).
         reference: The contender that ratios refer to; None for itself.
         eager: The contender whose memory format this one takes without a trial: it would compile once for each.
-        parameters: How many it has.
-        multiply_adds: Of the forward of one image.
     """
 
     name: str
@@ -52,8 +52,6 @@ class Contender:
     inputs: Sequence[torch.Tensor]
     reference: Optional['Contender'] = None
     eager: Optional['Contender'] = None
-    parameters: Optional[int] = None
-    multiply_adds: Optional[int] = None
     memory_format: str = field(default='', init=False)
     steps: int = field(default=1, init=False)  # timed at once
     seconds: List[float] = field(default_factory=list, init=False)  # of a step, repeat by repeat
@@ -87,10 +85,14 @@ class Contender:
             self.steps = self._enough(trials[name])
             if self.steps > 1:
                 trials[name] = self.time()
-        best = min(trials, key=trials.get)
+        best = min(trials, key=lambda name: trials[name])
         if best != self.memory_format:
             self._set_format(best)
         self.steps = self._enough(trials[best])
+
+    def counts(self) -> Tuple[int, int]:
+        """Parameters, and multiply-adds of the forward of one image, in evaluation mode, which the network stays in."""
+        return count((self.eager or self).model.eval(), *(x[:1] for x in self.inputs))
 
     @property
     def images_per_second(self) -> List[float]:
@@ -115,7 +117,7 @@ def measure(contenders: Sequence[Contender], repeats: int, progress: tqdm) -> No
 
 
 def peak_memory(step: Callable[[], None], device: torch.device) -> int:
-    """The most bytes that a step holds at a time, above what was allocated before it; see this module's docstring."""
+    """The most bytes that a step holds at a time, above what was allocated before it; see `bench`'s docstring."""
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

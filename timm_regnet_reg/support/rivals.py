@@ -21,13 +21,13 @@ PLAIN, NAIVE, DENSE = 'plain', 'naive convlstm', 'dense convrnn'
 class NaiveConvLSTM(ConvLSTM):
     """The ConvLSTM as its equations are written: two convolutions a gate, and everything kept for backward."""
 
-    def kernels(self) -> Kernels:
+    def forward(self) -> Kernels:
         return [self.pointwise, self.depthwise, self.bias]
 
     @staticmethod
-    def update(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
+    def step(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
         """As equations.convlstm, but W is the cell's three parameters."""
-        if H is None:
+        if H is None or C is None:
             H = C = torch.zeros_like(X)
 
         def conv(pointwise: torch.Tensor, depthwise: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -47,14 +47,15 @@ class DenseConvRNN(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(2 * channels, channels, 3, padding=1, device=device, dtype=dtype)
 
-    def kernels(self) -> Kernels:
+    def forward(self) -> Kernels:
         return [self.conv.weight, self.conv.bias]
 
     @staticmethod
-    def update(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
+    def step(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
         """X and H (B, N, height, width) to the new H."""
         H = torch.zeros_like(X) if H is None else H
-        return torch.tanh(F.conv2d(torch.cat([X, H], dim=1), *W, padding=1)), C
+        weight, bias = W
+        return torch.tanh(F.conv2d(torch.cat([X, H], dim=1), weight, bias, padding=1)), C
 
 
 class Regulators(nn.Module):
@@ -70,9 +71,10 @@ class Regulators(nn.Module):
         """The input X of each stage, (B, N, height, width), to the last H of each."""
         Hs = []
         for cell, steps, X in zip(self.cells, self.steps, Xs):
-            W, H, C = cell.kernels(), None, None
-            for _ in range(steps):
-                H, C = cell.update(X, H, C, W)
+            W = cell()
+            H, C = cell.step(X, None, None, W)
+            for _ in range(steps - 1):
+                H, C = cell.step(X, H, C, W)
             Hs.append(H)
         return Hs
 
