@@ -32,6 +32,21 @@ def _script(text: str) -> str:
     return text
 
 
+def _count(text: str) -> int:
+    return 0 if text == '0' else positive(text)
+
+
+def _words(text: str) -> str:
+    """An argument type: text in one line, and not nothing."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f'{text!r} was given, expected a word or more')
+    return ' '.join(text.split())
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--device', default='cpu', help='cpu, cuda, cuda:1 and the like (default: %(default)s)')
+
+
 def _quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--output',
@@ -63,15 +78,26 @@ def _package(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--model', required=True, help='the architecture that was trained')
     parser.add_argument('--tag', required=True, help='name of these weights, letters, digits and "_" (cifar10, say)')
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='holds {split}/<class>/<image>')
-    parser.add_argument('--data-name', required=True, metavar='TEXT', help='what those images are, for the model card')
+    parser.add_argument(
+        '--data-name', required=True, type=_words, metavar='TEXT', help='what those images are, for the model card'
+    )
     parser.add_argument('--recipe', required=True, metavar='YAML', help='the file that train.py ran with (--config)')
     parser.add_argument('--split', default='validation', help='folder of the images to score (default: %(default)s)')
     parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
-    parser.add_argument('--license', default='apache-2.0', help='license of the weights (default: %(default)s)')
+    parser.add_argument(
+        '--license', default='apache-2.0', type=_words, help='license of the weights (default: %(default)s)'
+    )
     parser.add_argument('--output', default='.', metavar='DIR', help='where {model}.{tag}/ goes (default: here)')
-    parser.add_argument('--batch-size', type=int, default=128, metavar='N', help='for scoring (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=2, metavar='N', help='loader processes (default: %(default)s)')
-    parser.add_argument('--device', default='cpu', help='for scoring (default: %(default)s)')
+    parser.add_argument(
+        '--overwrite', action='store_true', help='replace an earlier folder even if its README.md was edited by hand'
+    )
+    parser.add_argument(
+        '--batch-size', type=positive, default=128, metavar='N', help='for scoring (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--workers', type=_count, default=2, metavar='N', help='loader processes (default: %(default)s)'
+    )
+    _add_device(parser)
 
 
 def _publish(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +105,9 @@ def _publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--repo-id', required=True, metavar='OWNER/NAME', help='the repository; created if need be')
     parser.add_argument('--private', action='store_true', help='create it as a private repository')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
-    parser.add_argument('--dry-run', action='store_true', help='check and show what would be sent; no network')
+    parser.add_argument(
+        '--dry-run', action='store_true', help='check, show what would be sent and where to; nothing is'
+    )
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +152,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--repeats', type=positive, default=5, metavar='N', help='default: 5')
     parser.add_argument('--threads', type=_threads, metavar='N', help="CPU threads (default: torch's)")
-    parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
+    _add_device(parser)
     parser.add_argument(
         '--compile',
         action='store_true',

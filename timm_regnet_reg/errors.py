@@ -1,7 +1,12 @@
 """The error that a user can do something about."""
 
-__all__ = ['UserError']
+__all__ = ['UserError', 'reason']
 
 
 class UserError(RuntimeError):
     """A failure that the user can mend: the message says what was given, what was expected, and what to do next."""
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return str(error) or type(error).__name__

@@ -13,7 +13,7 @@ HOMES: Dict[str, Tuple[str, ...]] = {
     'classify': ('arguments', 'support.inference', 'commands.classify'),
     'eager': ('equations',),
     'export': ('commands.export',),
-    'package': ('support.folder', 'support.inference', 'commands.package'),
+    'package': ('support.folder', 'support.scoring', 'commands.package'),
     'publish': ('commands.publish',),
     'quickstart': ('commands.quickstart',),
     'run': ('commands.run',),

@@ -42,6 +42,7 @@ from ..errors import UserError
 from ..regnet_reg import CIFAR_BACKBONES
 from ..support.measuring import Contender, infer, measure, measure_peaks, train
 from ..support.rivals import DENSE, NAIVE, PLAIN, Regulators, networks, regulator_inputs
+from ..support.scoring import check_device
 
 __all__ = ['bench', 'scaling', 'scaling_exponent']
 
@@ -229,15 +230,6 @@ def _phase_table(contenders: Sequence[Contender]) -> List[str]:
     return _lines(columns, rows)
 
 
-def _check_device(name: str) -> torch.device:
-    if name != 'cpu' and not (name.partition(':')[0] == 'cuda' and torch.cuda.is_available()):
-        raise UserError(
-            f"device {name!r} can't be used: 'cpu' is accepted"
-            + (", and 'cuda'" if torch.cuda.is_available() else "; torch finds no 'cuda' here")
-        )
-    return torch.device(name)
-
-
 def _plan(args: argparse.Namespace) -> List[Tuple[str, int, int]]:
     """What is to be measured, all of it checked before the first: backbone, batch size and image size."""
     plan = []
@@ -258,7 +250,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: Unknown backbone, no such device, or a batch or images too small.
     """
-    device = _check_device(args.device)
+    device = check_device(args.device)
     plan = _plan(args)
     if args.threads:
         torch.set_num_threads(args.threads)

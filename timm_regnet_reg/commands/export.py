@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..support.inference import load_model, score
+from ..support.inference import load_model
+from ..support.scoring import ImageFolder, score
 
 __all__ = ['OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize']
 
@@ -202,7 +203,8 @@ def main(args: argparse.Namespace) -> None:
         quantized = output.with_suffix('.int8.onnx')
         with _replacing(quantized) as file, redirect_stdout(sys.stderr):
             quantize(output, file, (images for images, _ in tqdm(calibration, desc='calibrating', unit='batch')))
-        results = [score(OnnxModel(path, model.num_classes), args.int8, data_config) for path in (output, quantized)]
+        images = ImageFolder(Path(args.int8, 'validation'), data_config, model.num_classes)
+        results = [score(OnnxModel(path, model.num_classes), images, data_config) for path in (output, quantized)]
         for path, result in zip((output, quantized), results):
             print(
                 f'{path}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images, '

@@ -22,9 +22,11 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
+from ..arguments import DEFAULT_MODEL
 from ..errors import UserError
 from ..support.folder import model_card, save_folder
-from ..support.inference import DEFAULT_MODEL, Score, load_model, predict, prediction_lines
+from ..support.inference import load_model, predict, prediction_lines
+from ..support.scoring import Score
 
 __all__ = ['Digits', 'quickstart']
 

@@ -18,9 +18,19 @@ from timm.models import is_model, save_for_hf
 from .. import __version__
 from ..errors import UserError
 from ..pretrained import file_sha256
-from .inference import Score
+from .scoring import Score
+from .writing import check_writable, replacing
 
-__all__ = ['FILES', 'Folder', 'check_folder', 'load_strictly', 'model_card', 'save_folder']
+__all__ = [
+    'FILES',
+    'Folder',
+    'check_classifier',
+    'check_folder',
+    'check_replaceable',
+    'load_strictly',
+    'model_card',
+    'save_folder',
+]
 
 CONFIG, WEIGHTS, CARD = FILES = ('config.json', 'model.safetensors', 'README.md')
 TOP1, TOP5 = 'Top-1 accuracy', 'Top-5 accuracy'
@@ -65,6 +75,28 @@ def load_strictly(model: torch.nn.Module, state_dict: Dict[str, torch.Tensor], s
                 f'{", ".join(keys[:3])}{more}; {remedy}'
             )
     model.load_state_dict(state_dict)
+
+
+def check_classifier(model: torch.nn.Module, source) -> None:
+    """Checks that a model with the weights of a folder or repository has their classifier, and labels for it.
+
+    timm replaces a classifier by a random one where the config's `model_args` ask for other than its `num_classes`.
+
+    Args:
+        model: The model, created without asking for `num_classes`.
+        source: The folder or repository to name in a UserError.
+    """
+    cfg = model.pretrained_cfg
+    labels = cfg.get('label_names')
+    counts = {'its network has': model.num_classes, 'num_classes says': cfg['num_classes']}
+    if labels and not isinstance(labels, dict):  # a dict names some of them
+        counts['label_names are'] = len(labels)
+    if len({*counts.values()}) > 1:
+        told = ', '.join(f'{what} {count}' for what, count in counts.items())
+        raise UserError(
+            f'{source}: its config contradicts itself on the number of classes ({told}), so the classifier would not '
+            'be the one that was trained; correct the config, or get it again'
+        )
 
 
 def model_card(name: str, result: Score, data: str, license: str, details: Dict[str, Any], reproduce: str) -> str:
@@ -128,6 +160,35 @@ model = timm.create_model('local-dir:{name}', pretrained=True)  # on the Hub: 'h
 """
 
 
+def check_replaceable(folder, overwrite: bool = False) -> None:
+    """Checks before the work that `save_folder` can write there.
+
+    Args:
+        overwrite: A card that isn't as it was written may be replaced.
+
+    Raises:
+        UserError: The place can't be written, or holds files that are not of this kind, or a card edited by hand.
+    """
+    check_writable(folder, folder=True)
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    foreign = sorted({*os.listdir(folder)} - {*FILES})
+    if foreign:
+        raise UserError(f'{folder}: not replaced, for it is more than a model ({", ".join(foreign)}); move it away')
+    if overwrite or not (folder / CARD).exists():
+        return
+    try:
+        written = json.loads((folder / CONFIG).read_text(encoding='utf-8')).get('card_sha256')
+    except (OSError, ValueError, AttributeError):
+        written = None
+    if file_sha256(folder / CARD) != written:
+        raise UserError(
+            f'{folder / CARD}: not replaced, for it may have been edited by hand; move {folder} away, or package with '
+            '--overwrite'
+        )
+
+
 def save_folder(
     model: torch.nn.Module,
     folder,
@@ -136,69 +197,37 @@ def save_folder(
     label_names: List[str],
     license: str,
     data_config: Optional[Dict[str, Any]] = None,
+    overwrite: bool = False,
 ) -> Path:
     """Writes `config.json`, `model.safetensors` and `README.md` as a whole or not at all.
 
-    Everything is written and checked in a folder beside the target, which then takes the target's name; an earlier
-    folder of that name steps aside first and comes back if that fails.
+    Everything is checked before it takes the place of an earlier folder of that name.
 
     Args:
         card: The text of README.md, as `model_card` makes it.
         data_config: Input size, mean, std, interpolation and crop to record; by default the model's own.
+        overwrite: As of `check_replaceable`.
 
     Raises:
-        UserError: The disk is full or not writable, or the target holds files that are not of this kind.
+        UserError: The disk is full or not writable, or the target holds other files or a card edited by hand.
     """
-    folder = Path(folder).absolute()
-    temporary, previous = (folder.with_name(f'.{folder.name}.{os.getpid()}.{end}') for end in ('new', 'old'))
-    if folder.exists():
-        foreign = sorted({path.name for path in folder.iterdir()} - {*FILES}) if folder.is_dir() else ['it is a file']
-        if foreign:
-            raise UserError(f'{folder}: not replaced, for it is more than a model ({", ".join(foreign)}); move it away')
-    try:
+    check_replaceable(folder, overwrite)
+    with replacing(folder, folder=True) as new:
         save_for_hf(
             model,
-            str(temporary),
+            str(new),
             model_config={'label_names': label_names, 'pretrained_cfg': {'tag': tag, 'license': license}},
             safe_serialization=True,
             data_config=data_config,
         )
-        shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # safetensors lets nobody else read its files
-        config = json.loads((temporary / CONFIG).read_text(encoding='utf-8'))
-        config['sha256'] = file_sha256(temporary / WEIGHTS)
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-        (temporary / CARD).write_text(card, encoding='utf-8')
-        check_folder(temporary)
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        if folder.exists():
-            os.rename(folder, previous)
-        try:
-            os.rename(temporary, folder)
-            _sync(folder.parent)
-        except BaseException:
-            if folder.exists():
-                os.rename(folder, temporary)
-            if previous.exists():
-                os.rename(previous, folder)
-            raise
-    except (OSError, SafetensorError) as error:
-        state = 'The folder that was there is unchanged' if folder.exists() else 'Nothing half written was left behind'
-        raise UserError(
-            f'{folder}: could not be written ({error}). {state}; free some space there or give another --output.'
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(previous, ignore_errors=True)
-    return folder
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        shutil.copymode(new / CONFIG, new / WEIGHTS)  # safetensors lets nobody else read its files
+        config = json.loads((new / CONFIG).read_text(encoding='utf-8'))
+        config['sha256'] = file_sha256(new / WEIGHTS)
+        (new / CARD).write_text(card, encoding='utf-8')
+        config['card_sha256'] = file_sha256(new / CARD)
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        check_folder(new)
+    return Path(folder).absolute()
 
 
 def check_folder(folder) -> Folder:

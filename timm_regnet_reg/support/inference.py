@@ -1,11 +1,11 @@
-"""Loading a classifier, reading images, predicting and scoring, for all commands."""
+"""Loading a classifier, reading images, and predicting, for all commands."""
 
 import difflib
 import io
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple
+from typing import Dict, Iterable, List, NamedTuple
 from urllib.request import Request, urlopen
 
 import timm
@@ -13,28 +13,22 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import (
     ImageNetInfo,
-    create_dataset,
-    create_loader,
     create_transform,
     infer_imagenet_subset,
     resolve_data_config,
 )
 from timm.models import is_model
-from timm.utils import AverageMeter, accuracy
-from tqdm import tqdm
 
 from ..errors import UserError
 
 __all__ = [
     'Prediction',
-    'Score',
     'class_labels',
     'find_images',
     'load_model',
     'predict',
     'prediction_lines',
     'read_image',
-    'score',
 ]
 
 URL_PREFIXES = ('http://', 'https://')
@@ -47,15 +41,6 @@ class Prediction(NamedTuple):
     label: str
     index: int
     probability: float
-
-
-class Score(NamedTuple):
-    """Accuracies in percent, the number of images they were measured on, and the class names in label order."""
-
-    top1: float
-    top5: float
-    images: int
-    label_names: List[str]
 
 
 def load_model(name: str) -> torch.nn.Module:
@@ -185,53 +170,3 @@ def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5
 
 def prediction_lines(predictions: List[Prediction]) -> str:
     return '\n'.join(f'{100 * probability:7.2f} %  {label}' for label, _, probability in predictions)
-
-
-def score(
-    model: torch.nn.Module,
-    data_dir: str,
-    data_config: Dict[str, Any],
-    split: str = 'validation',
-    batch_size: int = 128,
-    workers: int = 2,
-    device: str = 'cpu',
-) -> Score:
-    """Accuracy on `{data_dir}/{split}/<class>/*`, with timm's loader and a progress bar on stderr.
-
-    Args:
-        data_config: Input size, mean, std, interpolation and crop, as `timm.data.resolve_data_config` gives them.
-
-    Raises:
-        UserError: There is no such folder, it holds no images, or as many classes as the model tells apart.
-    """
-    root = Path(data_dir, split)
-    if not root.is_dir():
-        raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
-    mode = 'RGB' if data_config['input_size'][0] == 3 else 'L'
-    try:
-        dataset = create_dataset('', root=str(root), split=split, search_split=False, input_img_mode=mode)
-    except RuntimeError as error:
-        raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
-    label_names = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
-    if len(label_names) != model.num_classes:
-        raise UserError(
-            f'{root}: holds {len(label_names)} classes ({", ".join(label_names[:4])}, …), but the model tells '
-            f'{model.num_classes} apart; give the data that it was trained on'
-        )
-    loader = create_loader(
-        dataset,
-        **data_config,
-        batch_size=batch_size,
-        num_workers=workers,
-        use_prefetcher=False,
-        device=torch.device(device),
-    )
-    top1, top5 = AverageMeter(), AverageMeter()
-    model.to(device).eval()
-    with torch.inference_mode():
-        for images, labels in tqdm(loader, desc='scoring', unit='batch'):
-            acc1, acc5 = accuracy(model(images.to(device)), labels.to(device), topk=(1, 5))
-            top1.update(acc1.item(), len(images))
-            top5.update(acc5.item(), len(images))
-    model.cpu()
-    return Score(round(top1.avg, 3), round(top5.avg, 3), top1.count, label_names)
