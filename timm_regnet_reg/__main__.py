@@ -51,8 +51,11 @@ def _prepare_process() -> None:
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         if getattr(sys, name) is None:  # closed; a file of ours would take its number, and messages of C's libraries
             setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
+    for name in ('stdout', 'stderr'):
+        old = getattr(sys, name)
+        # with a buffer even if python was asked for none: what could not be written is still in there when it is asked
+        new = open(old.fileno(), 'w', buffering=1, encoding=old.encoding, errors='backslashreplace', closefd=False)
+        setattr(sys, name, new)
     for name in ('SIGTERM', 'SIGHUP'):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
@@ -72,9 +75,11 @@ def _output_failure() -> Optional[OSError]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or 'DefaultCPUAllocator' in str(error):  # how the CPU's allocator signs
+        return True
     import torch
 
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error)
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
