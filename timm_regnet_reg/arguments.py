@@ -1,6 +1,7 @@
 """The commands' arguments. Nothing here imports torch or timm, so that help and mistakes are answered at once."""
 
 import argparse
+import os
 from typing import Callable, Dict, Tuple
 
 __all__ = ['COMMANDS', 'DEFAULT_MODEL', 'positive']
@@ -9,10 +10,26 @@ DEFAULT_MODEL = 'regnet_reg_resnet20_convlstm'
 
 
 def positive(text: str) -> int:
-    """An argument type: a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} was given, expected a whole number, 1 or more')
+    """An argument type: a whole number from 1 on, of up to nine digits, as none here is larger for good reason."""
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} was given, expected a whole number from 1 to 999999999')
     return int(text)
+
+
+def _threads(text: str) -> int:
+    number, cores = positive(text), os.cpu_count() or 1
+    if number > cores:
+        raise argparse.ArgumentTypeError(f'{number} was given, expected at most {cores}, the cores of this machine')
+    return number
+
+
+def _script(text: str) -> str:
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(
+            f'there is no file {text!r}: give the path of a script, such as validate.py in a clone of '
+            'github.com/huggingface/pytorch-image-models'
+        )
+    return text
 
 
 def _count(text: str) -> int:
@@ -111,7 +128,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('script', metavar='SCRIPT', help="path of the script, in a clone of timm's repository, say")
+    parser.add_argument('script', type=_script, metavar='SCRIPT', help='path of the script')
     # For the help text: what follows the script never reaches argparse.
     parser.add_argument('args', metavar='ARGS', nargs='*', help='arguments of the script')
 
@@ -168,14 +185,13 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         '--image-size', type=positive, metavar='S', help='pixels a side (default: 32 in the CIFAR form, else 224)'
     )
     parser.add_argument('--repeats', type=positive, default=5, metavar='N', help='default: 5')
-    parser.add_argument('--threads', type=positive, metavar='N', help="CPU threads (default: torch's)")
-    parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
+    parser.add_argument('--threads', type=_threads, metavar='N', help="CPU threads (default: torch's)")
+    _add_device(parser)
     parser.add_argument(
         '--compile',
         action='store_true',
         help='time plain and regulated networks compiled, too (each compiles for minutes)',
     )
-    parser.add_argument('--output', metavar='DIR', help='write every figure as CSV and a plot there (needs matplotlib)')
 
 
 # name: (help line, function that adds the arguments); what runs is `main(args)` of the module of that name in commands,

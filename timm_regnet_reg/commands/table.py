@@ -19,8 +19,6 @@ from ..support.counting import count
 
 __all__ = ['header', 'row']
 
-PLAIN = 'plain'
-
 
 def _count(name: str, **kwargs) -> Tuple[int, int]:
     """`count` of a model and one image of its default size, both without data."""
@@ -34,7 +32,7 @@ def _three_digits(x: float) -> str:
 
 def header() -> List[str]:
     """The table's first two lines."""
-    columns = ['backbone', 'input', PLAIN, *(cell.__name__ for cell in CELLS.values())]
+    columns = ['backbone', 'input', 'plain', *(cell.__name__ for cell in CELLS.values())]
     return [f'| {" | ".join(columns)} |', f'|---|---|{"---:|" * (len(columns) - 2)}']
 
 

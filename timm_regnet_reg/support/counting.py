@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a network."""
+"""What a network is made of and what it does, in figures."""
 
 from typing import Tuple
 
