@@ -155,8 +155,8 @@ class Bomb:
         (lambda c: c['args'].__setattr__('interpolation', 'nope'), ('prepared', 'nope')),
         (lambda c: c['args'].__setattr__('mean', ['x']), ("'x'",)),
         (lambda c: c['state_dict']['bn1.running_var'].fill_(-1), ('not finite',)),
-        (lambda c: c['state_dict'].pop('fc.weight'), ('1 of them missing', 'fc.weight')),
-        (lambda c: c['state_dict'].update(extra=torch.zeros(1)), ('1 of them unexpected', 'extra')),
+        (lambda c: c['state_dict'].pop('fc.weight'), ('1 weights are missing', 'fc.weight')),
+        (lambda c: c['state_dict'].update(extra=torch.zeros(1)), ('1 weights are unexpected', 'extra')),
         (lambda c: c['state_dict'].update({'fc.bias': torch.zeros(4)}), ('fc.bias (4,) instead of (3,)',)),
         (lambda c: c['state_dict']['fc.bias'].fill_(float('nan')), ('not finite', 'fc.bias', 'diverged')),
         (

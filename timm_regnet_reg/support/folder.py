@@ -19,7 +19,7 @@ from timm.models import is_model, save_for_hf
 
 from .. import __version__
 from ..errors import UserError, reason
-from ..pretrained import file_sha256
+from ..pretrained import check_weights, file_sha256
 from .scoring import Score, try_image
 from .writing import check_writable, replacing
 
@@ -52,32 +52,10 @@ class Folder(NamedTuple):
 
 def load_strictly(model: torch.nn.Module, state_dict: Dict[str, torch.Tensor], source) -> None:
     """Loads weights that must fit exactly and be finite; `source` is the file to name in a UserError."""
-    own = model.state_dict()
-    other = 'give the model, and its arguments, that these weights were trained with'
-    for keys, problem, remedy in (
-        ([k for k in own if k not in state_dict], 'missing', other),
-        ([k for k in state_dict if k not in own], 'unexpected', other),
-        (
-            [
-                f'{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}'
-                for k, v in state_dict.items()
-                if k in own and v.shape != own[k].shape
-            ],
-            'of another shape',
-            other,
-        ),
-        (
-            [k for k, v in state_dict.items() if not torch.isfinite(v).all()],
-            'not finite (NaN or infinite)',
-            'take a checkpoint from before the training diverged',
-        ),
-    ):
-        if keys:
-            more = f' and {len(keys) - 3} more' if len(keys) > 3 else ''
-            raise UserError(
-                f'{source}: not the weights of {model.pretrained_cfg["architecture"]}, {len(keys)} of them {problem}: '
-                f'{", ".join(keys[:3])}{more}; {remedy}'
-            )
+    try:
+        check_weights(state_dict, model)
+    except UserError as error:
+        raise UserError(f'{source}: not the weights of {model.pretrained_cfg["architecture"]}. {error}') from error
     model.load_state_dict(state_dict)
 
 
