@@ -202,7 +202,7 @@ def _plot_maps(path: Path, results: Dict[str, Similarity]) -> None:
         grid[0, 0].set_title('image', fontsize=8)
         for stage in dict.fromkeys(result.stages):
             members = [i for i, other in enumerate(result.stages) if other == stage]
-            spread = sum(F.normalize(maps[i].flatten(1).std(1, correction=0), dim=0) for i in members)
+            spread = torch.stack([F.normalize(maps[i].flatten(1).std(1, correction=0), dim=0) for i in members]).sum(0)
             channels = spread.topk(3).indices.tolist()
             for i in members:
                 shown = [maps[i].mean(0), *maps[i][channels]]
@@ -245,14 +245,15 @@ def main(args: argparse.Namespace) -> None:
             f'{root}: {len(sample)} of its {len(paths)} images in batches of at most {args.batch_size} leave '
             f'{len(batches[-1])} for one, and each needs {LEAST}; give more --images or a larger --batch-size'
         )
-    models = {}
+    models: Dict[str, ResNet] = {}
     for name in args.models:
-        models[name] = load_model(name).to(args.device)
-        if not isinstance(models[name], ResNet):
+        model = load_model(name).to(args.device)
+        if not isinstance(model, ResNet):
             raise UserError(
-                f'{name}: is a {type(models[name]).__name__}; expected a timm.models.ResNet, plain or regulated '
+                f'{name}: is a {type(model).__name__}; expected a timm.models.ResNet, plain or regulated '
                 '(resnet, resnext, seresnet, cifar_resnet, regnet_reg_resnet, …)'
             )
+        models[name] = model
     results = {name: similarity(m, _batches(m, batches, args.device, name)) for name, m in models.items()}
     _write_csv(output / 'similarity.csv', results)
     _plot_values(output / 'similarity.png', results)
