@@ -194,6 +194,35 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _similarity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        'models',
+        metavar='MODEL',
+        nargs='+',
+        help="a ResNet of timm's with weights, plain or regulated, hf-hub:OWNER/NAME or local-dir:FOLDER",
+    )
+    parser.add_argument('--data-dir', required=True, metavar='DIR', help='holds {split}/<class>/<image>')
+    parser.add_argument('--split', default='validation', help='folder of the images (default: %(default)s)')
+    parser.add_argument(
+        '--images',
+        type=positive,
+        default=512,
+        metavar='N',
+        help='how many of them, at most, a random choice that is the same every time (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--batch-size',
+        type=positive,
+        default=64,
+        metavar='N',
+        help='images at a time, at most; 4 or more (default: %(default)s)',
+    )
+    parser.add_argument('--device', default='cpu', help='default: %(default)s')
+    parser.add_argument(
+        '--output', default='.', metavar='DIR', help='where the table and the figures go (default: here)'
+    )
+
+
 # name: (help line, function that adds the arguments); what runs is `main(args)` of the module of that name in commands,
 # whose docstring is the help text
 COMMANDS: Dict[str, Tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
@@ -210,4 +239,5 @@ COMMANDS: Dict[str, Tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     'reproduce': ("Train the papers' CIFAR tables with train.py, and report the results beside theirs.", _reproduce),
     'table': ('Print the table of models with their parameters and multiply-adds.', _table),
     'bench': ('Measure throughput and memory beside the plain networks.', _bench),
+    'similarity': ('Measure how alike the outputs of neighbouring residual blocks are.', _similarity),
 }
