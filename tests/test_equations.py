@@ -122,9 +122,9 @@ def test_cell_is_its_equations(kind, N, size, given):
         for memory_format in FORMATS:
             cell = cell.to(dtype)
             leaves = [i.to(dtype).contiguous(memory_format=memory_format).requires_grad_() for i in inputs]
-            actual = cell(*leaves)
+            actual = cell.step(*leaves, *[None] * (3 - len(leaves)), cell())
             with torch.no_grad():
-                quiet = cell(*leaves)
+                quiet = cell.step(*leaves, *[None] * (3 - len(leaves)), cell())
             for name, a, q, e in zip('HC', actual, quiet, expected):
                 assert (a is None) == (e is None)
                 check(a, e, output, name)
@@ -143,8 +143,8 @@ def test_zero_state_and_no_state_are_the_same(kind):
     cell = randomize(CELLS[kind](4)).double()
     X = random_image(2, 4, 5, 6)
     zero = torch.zeros_like(X)
-    H, C = cell(X)
-    H_zero, C_zero = cell(X, zero, zero if kind == 'convlstm' else None)
+    H, C = cell.step(X, None, None, cell())
+    H_zero, C_zero = cell.step(X, zero, zero if kind == 'convlstm' else None, cell())
     check(H, H_zero, OUTPUT_64, 'H')
     check(C, C_zero, OUTPUT_64, 'C')
 
@@ -160,7 +160,8 @@ def test_cell_passes_gradcheck(kind, given):
     params = [p.detach().clone().requires_grad_() for p in cell.parameters()]
 
     def step(*tensors):
-        outputs = torch.func.functional_call(cell, dict(zip(names, tensors[given:])), tensors[:given])
+        W = torch.func.functional_call(cell, dict(zip(names, tensors[given:])))
+        outputs = cell.step(*tensors[:given], *[None] * (3 - given), W)
         return tuple(o for o in outputs if o is not None)
 
     assert torch.autograd.gradcheck(step, inputs + params)

@@ -665,22 +665,6 @@ def test_traced_operations_run_with_gradients(net):
     assert_close(torch.autograd.grad(traced(x.requires_grad_()).sum(), x)[0], torch.autograd.grad(model(x).sum(), x)[0])
 
 
-WITHOUT_ONEDNN = """
-import torch
-get_operation = torch._C._jit_get_operation
-torch._C._jit_get_operation = lambda name: (None, []) if name.startswith('mkldnn::') else get_operation(name)
-torch.backends.mkldnn.is_available = lambda: False
-import timm, timm_regnet_reg
-model = timm.create_model('regnet_reg_resnet20_convlstm').to(memory_format=torch.channels_last)
-with torch.backends.mkldnn.flags(enabled=False):
-    model(torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)).sum().backward()
-"""
-
-
-def test_builds_of_torch_without_onednn_will_do():
-    subprocess.run([sys.executable, '-c', WITHOUT_ONEDNN], check=True, timeout=300)
-
-
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()

@@ -7,8 +7,11 @@ names (see test_recipes.py), and is skipped when that isn't set.
 import importlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,8 @@ import timm
 import torch
 from PIL import Image
 
+import timm_regnet_reg
 from timm_regnet_reg import __main__ as command_line
-from timm_regnet_reg.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,28 +62,51 @@ def in_process(monkeypatch):
 # The frame
 
 
-def test_help_names_every_command_with_the_help_line_of_its_module(in_process, capsys, monkeypatch):
+def test_overview_names_every_command_and_its_own_help_begins_alike(in_process, capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '200')  # argparse breaks long lines, at hyphens too
     with pytest.raises(SystemExit) as exit:
-        in_process('--help')
+        in_process('help')
     assert exit.value.code == 0
     text = ' '.join(capsys.readouterr().out.split())
-    for name, line in command_line.COMMANDS.items():
+    for name, (line, _) in command_line.COMMANDS.items():
         assert f' {name} {line}' in text
-        module = importlib.import_module(f'timm_regnet_reg.{name}')
-        assert module.__doc__.splitlines()[0] == line
+        with pytest.raises(SystemExit) as exit:
+            in_process('help', name)
+        assert exit.value.code == 0
+        text_of_command = capsys.readouterr().out
+        assert text_of_command.startswith(f'usage: regnet-reg {name} ')
+        assert f'\n\n{line}\n\n' in text_of_command
 
 
-def test_overview_imports_no_command(in_process, monkeypatch):
-    modules = {f'timm_regnet_reg.{name}' for name in command_line.COMMANDS}
-    for module in modules:
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    with pytest.raises(SystemExit):
-        in_process('--help')
-    assert not modules & set(sys.modules)
+def test_version_is_that_of_the_package(in_process, capsys):
+    with pytest.raises(SystemExit) as exit:
+        in_process('--version')
+    assert (exit.value.code, capsys.readouterr().out) == (0, f'regnet-reg {timm_regnet_reg.__version__}\n')
 
 
-@pytest.mark.parametrize('args', [(), ('no-such-command',), ('run',), ('run', '--no-such-option')])
+def test_help_and_mistakes_wait_neither_for_torch_nor_for_timm(tmp_path):
+    """As the installed script starts; test_help_of_the_module is for the other way."""
+    path = tmp_path / 'regnet-reg'
+    path.write_text(
+        'import contextlib, sys\n'
+        'from timm_regnet_reg.__main__ import COMMANDS, main\n'
+        'for args in [[], ["--help"], ["--version"], ["nothing"], *([name, "--help"] for name in COMMANDS)]:\n'
+        '    with contextlib.suppress(SystemExit):\n'
+        '        main(args)\n'
+        'sys.exit(str({"torch", "timm", "numpy", "PIL"} & set(sys.modules)))\n'
+    )
+    result = python(path)
+    assert result.stderr.splitlines()[-1] == 'set()'
+
+
+def test_help_of_the_module_waits_neither_for_torch_nor_for_timm():
+    result = python('-X', 'importtime', '-m', 'timm_regnet_reg', 'bench', '--help')
+    assert result.returncode == 0
+    imported = {line.split('|')[-1].strip() for line in result.stderr.splitlines()}
+    assert 'timm_regnet_reg' in imported and not imported & {'torch', 'timm', 'numpy', 'PIL'}
+
+
+@pytest.mark.parametrize('args', [(), ('no-such-command',), ('help', 'no-such-command'), ('run',), ('run', '--no')])
 def test_wrong_usage_exits_with_2(args, in_process, capsys):
     with pytest.raises(SystemExit) as exit:
         in_process(*args)
@@ -88,28 +114,124 @@ def test_wrong_usage_exits_with_2(args, in_process, capsys):
     assert 'usage: regnet-reg' in capsys.readouterr().err
 
 
+@pytest.fixture
+def process(script):
+    """Runs `body` as the command `table` in a process of its own, by a shell line with {command} in it."""
+
+    def run(body, line='{command}', **env):
+        path = script(
+            'import os, signal, sys, time, types\n'
+            'from timm_regnet_reg import __main__\n'
+            'from timm_regnet_reg.errors import UserError\n'
+            'def main(args):\n'
+            f'    {body}\n'
+            'sys.modules["timm_regnet_reg.commands.table"] = types.SimpleNamespace(main=main)\n'
+            '__main__.register = lambda: None  # nothing here needs the models\n'
+            'sys.exit(__main__.main())\n',
+            name='regnet-reg',
+        )
+        return subprocess.run(
+            ['bash', '-c', 'set -o pipefail; ' + line.format(command=f'{sys.executable} {path} table')],
+            env={**os.environ, 'PYTHONPATH': str(ROOT), **env},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+BAR = 'from tqdm import tqdm; bar = tqdm(total=2); bar.update(); '
+
+
 @pytest.mark.parametrize(
-    'error, code, message',
+    'body, line, env, code, out, err',
     [
-        (UserError('mend it'), 1, 'regnet-reg: error: mend it\n'),
-        (KeyboardInterrupt(), 130, ''),
+        ('print("all")', '{command}', {}, 0, 'all\n', ''),
+        ('raise UserError("mend it")', '{command}', {}, 1, '', 'regnet-reg: error: mend it\n'),
+        (BAR + 'raise UserError("mend it")', '{command}', {}, 1, '', '\nregnet-reg: error: mend it\n'),
+        ('raise KeyboardInterrupt', '{command}', {}, 130, '', ''),
+        ('raise MemoryError("2 TB")', '{command}', {}, 1, '', 'regnet-reg: error: out of memory (2 TB); give a'),
+        ('raise ValueError("unforeseen")', '{command}', {}, 1, '', 'ValueError: unforeseen\n'),
+        ('raise BrokenPipeError("of a connection")', '{command}', {}, 1, '', 'BrokenPipeError: of a connection\n'),
+        ('print("x\\n" * 10**6)', '{command} | head -1', {}, 141, 'x\n', ''),
+        ('print("all")', '{command} >&-', {}, 0, '', ''),
+        ('print("all", file=sys.stderr); print("out")', '{command} 2>&-', {}, 0, 'out\n', ''),
+        (BAR + 'raise UserError("mend it")', '{command} <&- >&- 2>&-', {}, 1, '', ''),
+        ('print("\\udcff – é")', '{command}', {'PYTHONIOENCODING': 'ascii'}, 0, '\\udcff \\u2013 \\xe9\n', ''),
+        ('print("\\udcff –")', '{command}', {'PYTHONIOENCODING': 'utf-8'}, 0, '\\udcff –\n', ''),
     ],
 )
-def test_error_of_a_command_is_told_in_a_line_and_by_the_exit_code(
-    error,
-    code,
-    message,
-    in_process,
-    monkeypatch,
-    capsys,
-    script,
-):
-    def fail(args):
-        raise error
+def test_whatever_happens_ends_in_a_line_and_an_exit_code(body, line, env, code, out, err, process):
+    result = process(body, line, **env)
+    assert (result.returncode, result.stdout) == (code, out)
+    assert result.stderr == err if not err else err in result.stderr
+    assert ('Traceback' in result.stderr) == (err.endswith(('unforeseen\n', 'connection\n')))
 
-    monkeypatch.setattr('timm_regnet_reg.commands.run.main', fail)
-    assert in_process('run', script('')) == code
-    assert capsys.readouterr().err == message
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+def test_full_disk_under_the_output_is_told(process):
+    result = process('print("all")', '{command} > /dev/full')
+    assert result.returncode == 1
+    assert result.stderr.startswith('regnet-reg: error: the output cannot be written: [Errno 28]')
+    assert result.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP'])
+def test_signal_lets_the_command_clean_up(name, process):
+    body = f'try: os.kill(os.getpid(), signal.{name}); time.sleep(60)\n    finally: print("cleaned up")'
+    result = process(body)
+    assert (result.returncode, result.stdout) == (128 + getattr(signal, name), 'cleaned up\n')
+
+
+def test_hangup_is_ignored_under_nohup(process):
+    result = process('os.kill(os.getpid(), signal.SIGHUP); print("goes on")', 'nohup {command}')
+    assert (result.returncode, result.stdout) == (0, 'goes on\n')
+
+
+# The package
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        *(f'bench.{name}' for name in ('Contender', 'DenseConvRNN', 'NaiveConvLSTM', 'measure', 'networks')),
+        *('bench.peak_memory', 'bench.scaling_exponent', 'run.main', 'table.count', 'table.header', 'table.row'),
+        *(f'classify.{name}' for name in ('DEFAULT_MODEL', 'Prediction', 'class_labels', 'find_images', 'load_model')),
+        *('classify.predict', 'classify.prediction_lines', 'classify.read_image'),
+        *('eager.convgru', 'eager.convlstm', 'eager.convrnn', 'eager.fusion'),
+        *(f'export.{name}' for name in ('OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize')),
+        *(f'package.{name}' for name in ('FILES', 'Folder', 'Score', 'check_folder', 'model_card', 'save_folder')),
+        *('package.score', 'publish.publish', 'quickstart.Digits', 'quickstart.quickstart'),
+    ],
+)
+def test_names_of_the_first_version_are_still_there(name):
+    module, name = name.split('.')
+    assert getattr(getattr(timm_regnet_reg, module), name) is not None
+    assert hasattr(importlib.import_module(f'timm_regnet_reg.{module}'), name)
+
+
+def test_unknown_names_are_no_attributes():
+    assert not hasattr(timm_regnet_reg, 'no_such_name')
+    assert not hasattr(timm_regnet_reg.package, 'no_such_name')
+
+
+@pytest.mark.parametrize(
+    'version, warned',
+    [('1.0.29.dev0', True), ('1.0.31.dev0', True), ('1.0.9', True), ('1.0.31', False), ('1.0.32.dev0', False)],
+)
+def test_import_warns_of_a_timm_that_is_too_old(version, warned, monkeypatch):
+    monkeypatch.setattr(timm, '__version__', version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        timm_regnet_reg.register()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == warned
+    assert all(message.startswith(f'timm {version} was imported, from ') for message in messages)
+
+
+def test_timm_that_is_too_old_is_the_one_that_the_package_does_not_require():
+    requirements = re.search(r'^dependencies = \[(.*?)\]', (ROOT / 'pyproject.toml').read_text(), re.M | re.S)[1]
+    assert f'"timm>={timm_regnet_reg.OLDEST_TIMM}"' in requirements
 
 
 # run
@@ -124,8 +246,10 @@ def test_help_of_run_is_its_own_without_a_script(in_process, capsys):
 
 def test_missing_script_is_told(in_process, tmp_path, capsys):
     missing = tmp_path / 'validate.py'
-    assert in_process('run', missing) == 1
-    assert f"regnet-reg: error: no script '{missing}'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        in_process('run', missing)
+    assert exit.value.code == 2
+    assert f"error: argument SCRIPT: there is no file '{missing}'" in capsys.readouterr().err
 
 
 def test_script_gets_its_arguments_untouched(in_process, script, capsys):
@@ -161,15 +285,11 @@ def test_traceback_shows_the_scripts_frames(script):
     assert result.stderr.splitlines()[-1] == 'ValueError: from the script'
 
 
-@pytest.mark.parametrize('error, code', [('timm_regnet_reg.errors.UserError', 1), ('KeyboardInterrupt', 130)])
-def test_errors_that_the_command_line_knows_are_still_the_scripts(error, code, in_process, script, capsys):
+@pytest.mark.parametrize('error', ['timm_regnet_reg.errors.UserError', 'KeyboardInterrupt', 'BrokenPipeError'])
+def test_errors_that_the_command_line_knows_are_still_the_scripts(error, in_process, script):
     path = script(f'import timm_regnet_reg.errors\nraise {error}("from the script")\n')
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(eval(error), match='from the script'):
         in_process('run', path)
-    assert exit.value.code == code
-    stderr = capsys.readouterr().err
-    assert f'File "{path}", line 2, in <module>' in stderr
-    assert stderr.splitlines()[-1] == f'{error}: from the script'
 
 
 def test_script_sees_the_models_starts_workers_and_exits_with_its_code(script):

@@ -1,80 +1,144 @@
 """The command line: ``python -m timm_regnet_reg COMMAND``, installed as ``regnet-reg COMMAND``, too."""
 
 import argparse
+import ast
 import importlib
-import inspect
+import os
+import pkgutil
+import signal
 import sys
-from typing import List, Optional
+from types import FrameType
+from typing import List, NoReturn, Optional, Sequence
 
+from . import __version__, register
 from .arguments import COMMANDS
 from .errors import UserError
 
 _DESCRIPTION = 'Regulated networks (RegNet, arXiv 2101.00590) for timm.'
 _EPILOG = """\
-regnet-reg COMMAND --help says more of a command.
+regnet-reg COMMAND --help and regnet-reg help COMMAND say more of a command.
 The same as python -m timm_regnet_reg COMMAND.
 """
 
 
-def _doc(module) -> str:
-    """A module's docstring as help text: its reST literals lose their double backquotes."""
-    return inspect.getdoc(module).replace('``', '')
+def _documentation(command: str) -> str:
+    """The docstring of a command's module as help text, without importing it."""
+    source = pkgutil.get_data(__package__, f'commands/{command}.py')
+    assert source is not None
+    return (ast.get_docstring(ast.parse(source)) or '').replace('``', '')
 
 
 def _create_parser(command: Optional[str]) -> argparse.ArgumentParser:
     """The parser of all commands, of which only `command` knows its arguments."""
-    parser = argparse.ArgumentParser(
-        prog='regnet-reg',
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser('regnet-reg', None, _DESCRIPTION, _EPILOG, formatter_class=formatter)
+    parser.add_argument('--version', action='version', version=f'regnet-reg {__version__}')
     subparsers = parser.add_subparsers(title='commands', dest='command', metavar='COMMAND', required=True)
     for name, (line, add_arguments) in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name,
-            help=line,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        subparser = subparsers.add_parser(name, help=line, formatter_class=formatter)
         if name == command:
-            module = importlib.import_module(f'.commands.{name}', __package__)
-            subparser.description = _doc(module)
+            subparser.description = _documentation(name)
             add_arguments(subparser)
-            subparser.set_defaults(main=module.main)
     return parser
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def _exit_on_signal(number: int, frame: Optional[FrameType]) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _prepare_process() -> None:
+    """Whatever started this process: streams that take all text, and signals that let a command clean up."""
+    for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
+        if getattr(sys, name) is None:  # closed; a file of ours would take its number, and messages of C's libraries
+            setattr(sys, name, open(os.devnull, mode))
+    for name in ('stdout', 'stderr'):
+        old = getattr(sys, name)
+        # with a buffer even if python was asked for none: what could not be written is still in there when it is asked
+        new = open(old.fileno(), 'w', buffering=1, encoding=old.encoding, errors='backslashreplace', closefd=False)
+        setattr(sys, name, new)
+    for name in ('SIGTERM', 'SIGHUP'):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, _exit_on_signal)
+
+
+def _output_failure() -> Optional[OSError]:
+    """Write out what was printed; if that fails drop it, so that python doesn't try again at exit, and say why."""
+    failure = None
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            failure = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return failure
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or 'DefaultCPUAllocator' in str(error):  # how the CPU's allocator signs
+        return True
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command.
 
     Args:
-        argv: Command and its arguments; those of the process if None.
+        argv: Command and its arguments. If None, those of the process, whose streams and signals are then prepared.
 
     Returns:
-        Exit code: 0 on success, 1 after a `UserError`, which is told in a line on stderr, 130 after an interrupt.
+        Exit code: 0 on success, 1 after an error that a line on stderr tells, 130 after an interrupt, 141 when nobody
+        reads the output any more.
 
     Raises:
-        SystemExit: With code 2 on arguments that don't parse, 0 after ``--help``, and whatever a script run by
-            ``run`` exits with.
+        SystemExit: With code 2 on arguments that don't parse, 0 after ``--help``, 128 + its number after a signal, and
+            whatever a script run by ``run`` exits with. Any other error of such a script passes through, too.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    command = argv[0] if argv else None
+    arguments: List[str] = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ['help']:
+        arguments = [*arguments[1:2], '--help']
 
     # What follows the script belongs to the script. argparse would take some of it (--help, --) for its own.
-    script_args = []
-    if command == 'run':
-        argv, script_args = argv[:2], argv[2:]
+    script_args: List[str] = []
+    if arguments[:1] == ['run']:
+        arguments, script_args = arguments[:2], arguments[2:]
+    elif argv is None:
+        _prepare_process()
 
+    message, failure = '', None
     try:
-        args = _create_parser(command).parse_args(argv)
-        if command == 'run':
-            args.args = script_args
-        args.main(args)
+        try:
+            args = _create_parser(next(iter(arguments), None)).parse_args(arguments)
+            register()
+            command = importlib.import_module(f'.commands.{args.command}', __package__)
+            if args.command != 'run':
+                command.main(args)
+        finally:
+            failure = _output_failure()
     except UserError as error:
-        print(f'regnet-reg: error: {error}', file=sys.stderr)
-        return 1
+        message = str(error)
     except KeyboardInterrupt:
         return 130
+    except OSError:
+        if failure is None:
+            raise
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = f'out of memory ({str(error).partition(chr(10))[0]}); give a smaller batch or smaller images'
+    if not message and failure is not None and not isinstance(failure, BrokenPipeError):
+        message = f'the output cannot be written: {failure}'
+    if message:
+        # here, where the error's frames are gone, and their progress bars with them: the message starts a line
+        print(f'regnet-reg: error: {message}', file=sys.stderr)
+        return 1
+    if failure is not None:
+        return 141
+    if args.command == 'run':  # here, where nothing is made of a script's errors
+        args.args = script_args
+        command.main(args)
     return 0
 
 

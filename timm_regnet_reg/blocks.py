@@ -16,7 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from .cells import FoldedCell, RegulatorCell
-from .eager import fusion
+from .equations import fusion
 
 __all__ = [
     'Fusion',
@@ -33,16 +33,26 @@ __all__ = [
 BlockOutput = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
 
 
-class Fusion(nn.Conv2d):
-    """conv1x1([X, H]) without the concatenation: the sum of a 1x1 convolution of X and one of H."""
+class Fusion(nn.Module):
+    """conv1x1([X, H]) without the concatenation: the sum of a 1x1 convolution of X and one of H.
+
+    Not an nn.Conv2d, which takes one input: whoever looks for those by type would call it as one.
+    """
 
     def __init__(self, X_channels: int, H_channels: int, device=None, dtype=None) -> None:
-        super().__init__(X_channels + H_channels, X_channels, 1, bias=False, device=device, dtype=dtype)
-        self.X_channels = X_channels
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(X_channels, X_channels + H_channels, 1, 1, device=device, dtype=dtype))
+        self.register_parameter('bias', None)  # a folded batch norm's will come here
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """As timm's ResNet initialises its convolutions."""
+        nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
 
     def forward(self, X: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
         """X (B, N_X, height, width) and H (B, N_H, height, width) to (B, N_X, height, width)."""
-        return fusion(X, H, self.weight[:, : self.X_channels], self.weight[:, self.X_channels :], self.bias)
+        return fusion(X, H, self.weight, self.bias)
 
 
 class ZeroPadShortcut(nn.Module):
@@ -93,7 +103,7 @@ class RegulatedBasicBlock(_RegulatedBlock, BasicBlock):
 
         Args:
             X1: Input (B, C_in, height, width).
-            W: The kernels of the stage's cell, `RegulatorCell.kernels()`.
+            W: The kernels that the stage's cell gave.
             H: State left by the block before, (B, N, height, width) in this block's output size; None at the first.
             C: ConvLSTM's memory left by the block before, H's shape.
 
@@ -101,7 +111,7 @@ class RegulatedBasicBlock(_RegulatedBlock, BasicBlock):
             The block's output (B, C_out, height / stride, width / stride), H and C for the next block.
         """
         X2 = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(X1)))))
-        H, C = self.update(X2, H, C, W)
+        H, C = self.step(X2, H, C, W)
         H = self.regulator_act(self.regulator_bn(H))
         X3 = self.fusion_act(self.fusion_bn(self.fusion_conv(X2, H)))
         X4 = self.bn2(self.conv2(X3))
@@ -120,7 +130,7 @@ class RegulatedBottleneck(_RegulatedBlock, Bottleneck):
     ) -> BlockOutput:
         """As RegulatedBasicBlock.forward."""
         X2 = self.act1(self.bn1(self.conv1(X1)))
-        H, C = self.update(self.regulator_pool(X2), H, C, W)
+        H, C = self.step(self.regulator_pool(X2), H, C, W)
         H = self.regulator_act(self.regulator_bn(H))
         X3 = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(X2)))))
         X4 = self.fusion_act(self.fusion_bn(self.fusion_conv(X3, H)))
@@ -146,7 +156,7 @@ def regulate_block(
     block.__class__ = REGULATED_BLOCKS[type(block)]
     X_conv = block.conv1 if isinstance(block, BasicBlock) else block.conv2  # makes what the fusion reads beside H
     dd = {'device': X_conv.weight.device, 'dtype': X_conv.weight.dtype}
-    block.update = cell.update
+    block.step = cell.step
     block.regulator_bn = norm_layer(block.conv1.out_channels, **dd)
     block.regulator_act = copy.deepcopy(block.act1)
     block.fusion_conv = Fusion(X_conv.out_channels, block.conv1.out_channels, **dd)
@@ -159,7 +169,6 @@ def regulate_block(
             if block.stride == 1
             else nn.AvgPool2d(2, block.stride, ceil_mode=True, count_include_pad=False)
         )
-    nn.init.kaiming_normal_(block.fusion_conv.weight, mode='fan_out', nonlinearity='relu')
 
 
 @torch.no_grad()
@@ -174,7 +183,7 @@ def fold_batch_norms(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         # not a subclass of these two, as timm's may hold the activation as well
         is_bn = type(child) in (nn.BatchNorm2d, nn.SyncBatchNorm) and child.running_mean is not None
-        if is_bn and isinstance(before, nn.Conv2d):
+        if is_bn and isinstance(before, (nn.Conv2d, Fusion)):
             before.weight, before.bias = fuse_conv_bn_weights(
                 before.weight, before.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias
             )
@@ -265,7 +274,7 @@ class RegulatedStage(_Stage):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C_in, height, width) to (B, C_out, height / stride, width / stride)."""
-        W = self.regulator.kernels()
+        W = self.regulator()
         H: Optional[torch.Tensor] = None
         C: Optional[torch.Tensor] = None
         for block in self.children():

@@ -3,34 +3,36 @@
 Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXiv 2101.00590).
 """
 
-from typing import Callable, Optional, Tuple
+from typing import Callable, Tuple
 
 import torch
+import torch.fx
 import torch.nn as nn
 
-from .eager import convgru, convlstm, convrnn
-from .equations import Kernels, State
+from .equations import Kernels, State, by_gate, convgru, convlstm, convrnn
 
 __all__ = ['CELLS', 'ConvGRU', 'ConvLSTM', 'ConvRNN', 'FoldedCell', 'RegulatorCell']
 
 
-def _by_gate(K_x: torch.Tensor, K_h: torch.Tensor, bias: torch.Tensor, rows: int, channels: int) -> Kernels:
-    W: Kernels = []
-    for end in range(channels, rows + 1, channels):
-        start = end - channels
-        W += [K_x[start:end], K_h[start:end], bias[start:end]]
-    return W
+torch.fx.wrap('by_gate')  # symbolic tracing can't follow its loop: a node of the graph instead
 
 
 class RegulatorCell(nn.Module):
-    """A convolutional RNN cell with separable gates; the subclasses name their gates and their update.
+    """A convolutional RNN cell with separable gates; the subclasses name their gates and their time step.
+
+    The module makes the kernels, and the static `step(X, H, C, W)` computes a time step with them:
+        X: Input (B, N, height, width).
+        H: State of the step before, X's shape; None is the zero state.
+        C: ConvLSTM's memory of the step before, X's shape; None is zero. Other cells have none.
+        W: What `forward` gave.
+        Returns the new H and C, of X's shape; C is None for a cell without memory.
 
     Parameters are stacked gate by gate, G gates of `channels` (N) rows each, in the order of `gates`:
     `pointwise` (G·N, 2, 1, 1), the weights of `(X_c, H_c)`; `depthwise` (G·N, 1, 3, 3); `bias` (G·N,).
     """
 
     gates: Tuple[str, ...] = ()
-    update: Callable[..., State]
+    step: Callable[..., State]
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
         """
@@ -42,10 +44,10 @@ class RegulatorCell(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.channels = channels
-        self.rows = len(self.gates) * channels
-        self.pointwise = nn.Parameter(torch.empty(self.rows, 2, 1, 1, **dd))
-        self.depthwise = nn.Parameter(torch.empty(self.rows, 1, 3, 3, **dd))
-        self.bias = nn.Parameter(torch.empty(self.rows, **dd))
+        rows = len(self.gates) * channels
+        self.pointwise = nn.Parameter(torch.empty(rows, 2, 1, 1, **dd))
+        self.depthwise = nn.Parameter(torch.empty(rows, 1, 3, 3, **dd))
+        self.bias = nn.Parameter(torch.empty(rows, **dd))
         self.reset_parameters()
 
     @torch.jit.ignore
@@ -59,51 +61,36 @@ class RegulatorCell(nn.Module):
         """All gates' kernels of X and of H, each a product of a pointwise and a depthwise one, (G·N, 1, 3, 3)."""
         return self.pointwise[:, :1] * self.depthwise, self.pointwise[:, 1:] * self.depthwise
 
-    def kernels(self) -> Kernels:
-        """Each gate's kernel of X (N, 1, 3, 3), kernel of H (N, 1, 3, 3) and bias (N,), in the order of `gates`."""
+    def forward(self) -> Kernels:
+        """The kernels of the time steps: each gate's kernel of X (N, 1, 3, 3), of H (N, 1, 3, 3) and bias (N,).
+
+        A stage calls its cell once a forward, whatever the number of its steps, and hands the result to each `step`.
+        """
         K_x, K_h = self.products()
         # cloned, as a view of a parameter says that it requires a gradient even under no_grad, and torch's counter of
         # operations, which meets the kernels as arguments of the blocks, then looks for one
-        return _by_gate(K_x, K_h, self.bias.clone(), self.rows, self.channels)
-
-    def forward(
-        self,
-        X: torch.Tensor,
-        H: Optional[torch.Tensor] = None,
-        C: Optional[torch.Tensor] = None,
-    ) -> State:
-        """One time step.
-
-        Args:
-            X: Input (B, N, height, width).
-            H: State of the step before, X's shape; None is the zero state.
-            C: ConvLSTM's memory of the step before, X's shape; None is zero. Other cells have none.
-
-        Returns:
-            The new H and C, of X's shape; C is None for a cell without memory.
-        """
-        return self.update(X, H, C, self.kernels())
+        return by_gate(K_x, K_h, self.bias.clone(), self.channels)
 
 
 class ConvRNN(RegulatorCell):
     """H' = tanh(W_h * [X, H])"""
 
     gates = ('h',)
-    update = staticmethod(convrnn)
+    step = staticmethod(convrnn)
 
 
 class ConvGRU(RegulatorCell):
     """z, r = σ(W_{z,r} * [X, H]);  H~ = tanh(W_h * [X, r ⊙ H]);  H' = (1 - z) ⊙ H + z ⊙ H~"""
 
     gates = ('z', 'r', 'h')
-    update = staticmethod(convgru)
+    step = staticmethod(convgru)
 
 
 class ConvLSTM(RegulatorCell):
     """i, f, o = σ(W_{i,f,o} * [X, H]);  g = tanh(W_g * [X, H]);  C' = f ⊙ C + i ⊙ g;  H' = o ⊙ tanh(C')"""
 
     gates = ('i', 'f', 'o', 'g')
-    update = staticmethod(convlstm)
+    step = staticmethod(convlstm)
 
 
 class FoldedCell(nn.Module):
@@ -112,15 +99,14 @@ class FoldedCell(nn.Module):
     def __init__(self, cell: RegulatorCell) -> None:
         super().__init__()
         self.channels = cell.channels
-        self.rows = cell.rows
         K_x, K_h = cell.products()
         self.K_x = nn.Parameter(K_x.detach(), requires_grad=False)
         self.K_h = nn.Parameter(K_h.detach(), requires_grad=False)
         self.bias = nn.Parameter(cell.bias.detach(), requires_grad=False)
 
-    def kernels(self) -> Kernels:
-        """As RegulatorCell.kernels."""
-        return _by_gate(self.K_x, self.K_h, self.bias, self.rows, self.channels)
+    def forward(self) -> Kernels:
+        """As RegulatorCell.forward."""
+        return by_gate(self.K_x, self.K_h, self.bias, self.channels)
 
 
 CELLS = {'convrnn': ConvRNN, 'convgru': ConvGRU, 'convlstm': ConvLSTM}

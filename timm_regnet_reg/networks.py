@@ -390,8 +390,8 @@ def start_at_identity(model: RegulatedResNet) -> None:
         fusion_bn.running_var.copy_(var)
         fusion_bn.weight.copy_((fusion_bn.running_var.double() + fusion_bn.eps).sqrt())
         fusion_bn.bias.copy_(fusion_bn.running_mean)
-        X_channels = block.fusion_conv.X_channels
-        W_X, W_H = block.fusion_conv.weight[:, :X_channels], block.fusion_conv.weight[:, X_channels:]
+        W = block.fusion_conv.weight
+        W_X, W_H = W[:, : W.shape[0]], W[:, W.shape[0] :]
         nn.init.dirac_(W_X)
         W_H.normal_(std=torch.finfo(W_H.dtype).eps)
 

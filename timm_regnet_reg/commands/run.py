@@ -21,33 +21,14 @@ import argparse
 import os
 import runpy
 import sys
-import traceback
-
-from ..errors import UserError
 
 
 def main(args: argparse.Namespace) -> None:
     """Run `args.script` as ``__main__`` with the arguments `args.args`, as ``python SCRIPT ARGS`` does.
 
     Whatever the script raises passes through, SystemExit included.
-
-    Raises:
-        UserError: There is no such file.
     """
-    if not os.path.isfile(args.script):
-        raise UserError(
-            f'no script {args.script!r}: give the path of a script, '
-            "such as validate.py in a clone of timm's repository (github.com/huggingface/pytorch-image-models)"
-        )
-
-    import timm_regnet_reg  # noqa: F401  (registers the models)
-
     sys.argv = [args.script, *args.args]
     if not getattr(sys.flags, 'safe_path', False):  # Python 3.11 and later: -P
         sys.path[0] = os.path.dirname(os.path.realpath(args.script))
-    try:
-        runpy.run_path(args.script, run_name='__main__')
-    except (UserError, KeyboardInterrupt) as error:
-        # The command line reports these two in its own way. Here they are the script's, and shown as python shows them.
-        traceback.print_exc()
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    runpy.run_path(args.script, run_name='__main__')

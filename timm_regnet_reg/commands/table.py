@@ -11,35 +11,13 @@ from typing import List, Tuple
 
 import timm
 import torch
-import torch.nn as nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ..cells import CELLS
 from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
+from ..support.counting import count
 
-__all__ = ['count', 'header', 'row']
-
-PLAIN = 'plain'
-
-
-def count(model: nn.Module, *inputs: torch.Tensor) -> Tuple[int, int]:
-    """What a network is made of and what it does.
-
-    Args:
-        model: The network, in evaluation mode.
-        *inputs: What it takes: images (B, C, height, width), on the network's device.
-
-    Returns:
-        Its parameters, and the multiply-adds of its convolutions and matrix products on these inputs: half of the
-        operations that torch's counter counts. They are those of the forward as it runs, in which the first block of a
-        stage leaves out the state, which is zero there.
-    """
-    # not under no_grad: there the counter, which follows the modules by hooks on gradients, stumbles over parameters
-    # among their arguments, as the cells that `bench` compares with give them
-    with FlopCounterMode(display=False) as counter:
-        model(*inputs)
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+__all__ = ['header', 'row']
 
 
 def _count(name: str, **kwargs) -> Tuple[int, int]:
@@ -54,7 +32,7 @@ def _three_digits(x: float) -> str:
 
 def header() -> List[str]:
     """The table's first two lines."""
-    columns = ['backbone', 'input', PLAIN, *(cell.__name__ for cell in CELLS.values())]
+    columns = ['backbone', 'input', 'plain', *(cell.__name__ for cell in CELLS.values())]
     return [f'| {" | ".join(columns)} |', f'|---|---|{"---:|" * (len(columns) - 2)}']
 
 

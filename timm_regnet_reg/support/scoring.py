@@ -8,11 +8,22 @@ from PIL import Image
 from timm.data import ImageDataset, create_loader, create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils import AverageMeter, accuracy
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import UserError, reason
 
-__all__ = ['ImageFolder', 'Score', 'check_device', 'check_same_classes', 'score', 'try_image']
+__all__ = [
+    'ImageFolder',
+    'Score',
+    'check_device',
+    'check_finite',
+    'check_same_classes',
+    'convert',
+    'score',
+    'score_loader',
+    'try_image',
+]
 
 
 class Score(NamedTuple):
@@ -39,6 +50,28 @@ def check_device(name: str) -> torch.device:
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f'--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; --device cpu works')
     return device
+
+
+def check_finite(logits: torch.Tensor, source) -> None:
+    """Raises a UserError, which names `source`, if logits aren't all finite."""
+    if not logits.isfinite().all():
+        raise UserError(
+            f'{source}: the network gives outputs that are not finite (NaN or infinite); take weights from before the '
+            'training diverged'
+        )
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """An image in mode 'L' or 'RGB', with grey of 16 bits scaled, which Pillow clips and thereby turns white.
+
+    Raises:
+        ValueError: The range of its values isn't known.
+    """
+    if image.mode.startswith('I;16'):
+        image = image.convert('I').point(lambda value: value * (1 / 257) + 0.5).convert('L')
+    elif image.mode in ('I', 'F'):
+        raise ValueError('it has 32 bits a pixel, and what is white is not known; save it with 8 or 16')
+    return image.convert(mode)
 
 
 class ImageFolder(ImageDataset):
@@ -79,7 +112,7 @@ class ImageFolder(ImageDataset):
         try:
             file, label = self.reader[index]
             with file, Image.open(file) as image:
-                image = image.convert(self.input_img_mode)
+                image = convert(image, self.input_img_mode)
         except Exception as error:  # decoders raise whatever they stumble over in a damaged file
             name = self.filename(index, absolute=True)
             raise UserError(
@@ -126,20 +159,12 @@ def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> to
             f'{source}: an image cannot be prepared and classified as it says ({reason(error)}), with {data_config}; '
             'correct that, or get it again'
         ) from error
-    _check_finite(logits, source)
+    check_finite(logits, source)
     return logits
 
 
 def _mode(data_config: Dict[str, Any]) -> str:
     return 'L' if data_config['input_size'][0] == 1 else 'RGB'
-
-
-def _check_finite(logits: torch.Tensor, source) -> None:
-    if not logits.isfinite().all():
-        raise UserError(
-            f'{source}: the network gives outputs that are not finite (NaN or infinite); take weights from before the '
-            'training diverged'
-        )
 
 
 def score(
@@ -164,19 +189,30 @@ def score(
     loader = create_loader(
         images, **data_config, batch_size=batch_size, num_workers=workers, use_prefetcher=False, device=device
     )
+    return score_loader(model, loader, images.label_names, device, desc)
+
+
+def score_loader(
+    model: torch.nn.Module,
+    loader: DataLoader,
+    label_names: List[str],
+    device: torch.device = torch.device('cpu'),
+    desc: str = 'scoring',
+) -> Score:
+    """As `score`, on the batches (images, labels) of a loader."""
     top1, top5 = AverageMeter(), AverageMeter()
     model.to(device).eval()
     try:
-        # closed by the `with`, so that an error starts on a line of its own
-        with torch.inference_mode(), tqdm(loader, desc=desc, unit='batch') as progress:
-            for batch, labels in progress:
+        # closed in any case, so that an error starts on a line of its own
+        with torch.inference_mode(), tqdm(loader, desc=desc, unit='batch') as batches:
+            for batch, labels in batches:
                 logits = model(batch.to(device))
-                if logits.shape != (len(batch), len(images.label_names)):
+                if logits.shape != (len(batch), len(label_names)):
                     raise UserError(
-                        f'{images.reader.root}: the network gives {tuple(logits.shape[1:])} outputs an image for '
-                        f'{len(images.label_names)} classes; give the data that it was trained on'
+                        f'{desc}: the network gives {tuple(logits.shape[1:])} outputs an image for {len(label_names)} '
+                        'classes; give the data that it was trained on'
                     )
-                _check_finite(logits, images.reader.root)
+                check_finite(logits, desc)
                 acc1, acc5 = accuracy(logits, labels.to(device), topk=(1, 5))
                 top1.update(acc1.item(), len(batch))
                 top5.update(acc5.item(), len(batch))
@@ -184,4 +220,4 @@ def score(
         # one of a worker process arrives with its traceback for a message
         raise UserError(str(error).rpartition(f'{UserError.__name__}: ')[2].strip()) from error
     model.cpu()
-    return Score(round(top1.avg, 3), round(top5.avg, 3), top1.count, images.label_names)
+    return Score(round(top1.avg, 3), round(top5.avg, 3), top1.count, label_names)
