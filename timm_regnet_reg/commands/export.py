@@ -78,6 +78,7 @@ def export_onnx(model: nn.Module, path) -> None:
         dynamic_shapes=({0: 'batch'},),
         verbose=False,
     )
+    assert program is not None  # as it is with dynamo=True
     ClearMetadataAndDocStringPass()(program.model)  # each node's stack trace, with this machine's paths
     program.save(path, external_data=False)
 
