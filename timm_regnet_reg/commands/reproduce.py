@@ -21,6 +21,7 @@ standard deviation over seeds, beside the papers', and draws it over the paramet
 """
 
 import argparse
+import ast
 import csv
 import ctypes
 import fcntl
@@ -48,17 +49,20 @@ from ..support.counting import count
 
 
 class Row(NamedTuple):
-    """A row of the papers' tables: a model, its arguments, and its errors (%) on CIFAR-10 and CIFAR-100."""
+    """A row of the papers' tables: a model, its errors (%) there, and its arguments as --model-kwargs takes them."""
 
     model: str
     cifar10: float
     cifar100: float
-    kwargs: Dict[str, Any] = {}
+    arguments: str = ''
 
     @property
-    def arguments(self) -> str:
-        """As train.py's --model-kwargs takes them."""
-        return ' '.join(f'{key}={value}' for key, value in self.kwargs.items())
+    def kwargs(self) -> Dict[str, Any]:
+        pairs = (argument.split('=') for argument in self.arguments.split())
+        return {key: ast.literal_eval(value) for key, value in pairs}
+
+    def __str__(self) -> str:
+        return ' '.join(filter(None, (self.model, self.arguments)))
 
 
 TABLES: Dict[str, List[Row]] = {
@@ -75,12 +79,12 @@ TABLES: Dict[str, List[Row]] = {
         Row('regnet_reg_seresnet20_convlstm', 6.98, 29.02),
     ],
     'stages': [
-        Row('regnet_reg_resnet20_convgru', 7.52, 30.40, {'regulated_stages': (1,)}),
-        Row('regnet_reg_resnet20_convgru', 7.48, 30.34, {'regulated_stages': (2,)}),
-        Row('regnet_reg_resnet20_convgru', 7.49, 30.30, {'regulated_stages': (3,)}),
-        Row('regnet_reg_resnet20_convlstm', 7.56, 30.23, {'regulated_stages': (1,)}),
-        Row('regnet_reg_resnet20_convlstm', 7.49, 30.28, {'regulated_stages': (2,)}),
-        Row('regnet_reg_resnet20_convlstm', 7.52, 29.92, {'regulated_stages': (3,)}),
+        Row('regnet_reg_resnet20_convgru', 7.52, 30.40, 'regulated_stages=(1,)'),
+        Row('regnet_reg_resnet20_convgru', 7.48, 30.34, 'regulated_stages=(2,)'),
+        Row('regnet_reg_resnet20_convgru', 7.49, 30.30, 'regulated_stages=(3,)'),
+        Row('regnet_reg_resnet20_convlstm', 7.56, 30.23, 'regulated_stages=(1,)'),
+        Row('regnet_reg_resnet20_convlstm', 7.49, 30.28, 'regulated_stages=(2,)'),
+        Row('regnet_reg_resnet20_convlstm', 7.52, 29.92, 'regulated_stages=(3,)'),
     ],
     'depth': [
         Row('cifar_resnet32', 7.54, 29.86),
@@ -116,6 +120,10 @@ COLUMNS = IDENTITY + MEASURED + PROVENANCE
 ALIKE = ['dataset', 'schedule', 'epochs', 'precision', 'device', 'recipe', 'images']
 
 
+# a process that was killed, and what it started, may take that long to end
+LOCK_SECONDS = 10
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -126,26 +134,30 @@ def _replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _lock(folder: Path, wait: bool) -> int:
+def _lock(folder: Path, seconds: float) -> int:
     """Locks a folder until its file descriptor is closed here and in all processes that inherited it.
 
     Raises:
-        BlockingIOError: Another process holds it, unless `wait`.
+        BlockingIOError: Another process holds it for longer than these seconds.
     """
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(descriptor)
+                raise
+            time.sleep(0.1)
 
 
 def train_options(row: Row, dataset: str, schedule: str, precision: str, device: str, seed: int) -> List[str]:
     """What train.py is given, but for folders."""
     return [
         *('--config', f'train_recipes/{dataset}.yaml', '--model', row.model),
-        *(['--model-kwargs', *row.arguments.split()] if row.kwargs else []),
+        *(['--model-kwargs', *row.arguments.split()] if row.arguments else []),
         *(word for key, value in SCHEDULES[schedule].items() for word in (f'--{key}', str(value))),
         *PRECISIONS[precision],
         *('--device', device, '--seed', str(seed), '--checkpoint-hist', '1'),
@@ -215,7 +227,7 @@ def read_results(path: Path) -> List[Dict[str, str]]:
 def add_result(path: Path, result: Dict[str, Any]) -> None:
     """Adds a row, in the order of the tables and seeds; other processes may do so at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _lock(path.parent, wait=True)
+    lock = _lock(path.parent, seconds=60)
     try:
         order = {(row.model, row.arguments): index for index, row in enumerate(ROWS)}
         results = [*read_results(path), {key: str(value) for key, value in result.items()}]
@@ -260,7 +272,7 @@ class Run:
         self.seconds = 0.0  # of them
 
     def __str__(self) -> str:
-        return f'{self.row.model}{f" {self.row.arguments}" if self.row.kwargs else ""}, seed {self.seed}'
+        return f'{self.row}, seed {self.seed}'
 
     def check(self, results: List[Dict[str, str]]) -> bool:
         """Whether the run is among the results.
@@ -295,7 +307,7 @@ class Run:
             BlockingIOError: Another process trains this run.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(self.folder, wait=False)
+        lock = _lock(self.folder, LOCK_SECONDS)
         try:
             _replace(self.folder / 'settings.json', json.dumps(self.settings, indent=1))
             checkpoint, self.done = newest_checkpoint(self.folder)
@@ -308,7 +320,12 @@ class Run:
                 (self.folder / 'summary.csv').unlink(missing_ok=True)
                 resume = []
             self.start_seconds, self.started = self.seconds, time.monotonic()
-            environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
+            environment = {
+                **os.environ,
+                'OMP_NUM_THREADS': str(threads),
+                # compiled for CPUs, tanh by exp takes half as long as the function of the C library
+                'TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH': '1',
+            }
             if sys.platform == 'linux':  # keep freed memory: asking for it again costs more than some layers do
                 environment['GLIBC_TUNABLES'] = (
                     'glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592'
@@ -439,9 +456,9 @@ def _groups(results: List[Dict[str, str]]) -> Dict[Tuple[str, ...], Dict[Row, Li
     """Results that may be compared, by what they have in common; in each, the results of every row that has any."""
     groups: Dict[Tuple[str, ...], Dict[Row, List[Dict[str, str]]]] = {}
     for result in results:
-        row = next(row for row in ROWS if (row.model, row.arguments) == (result['model'], result['arguments']))
-        groups.setdefault(tuple(result[key] for key in ALIKE), {}).setdefault(ROWS.index(row), []).append(result)
-    return {alike: {ROWS[index]: group[index] for index in sorted(group)} for alike, group in sorted(groups.items())}
+        [row] = (row for row in ROWS if (row.model, row.arguments) == (result['model'], result['arguments']))
+        groups.setdefault(tuple(result[key] for key in ALIKE), {}).setdefault(row, []).append(result)
+    return groups
 
 
 def _title(alike: Tuple[str, ...]) -> str:
@@ -472,7 +489,7 @@ def report(results: List[Dict[str, str]]) -> str:
             mean, deviation = _error(runs)
             loss = statistics.mean(float(run['train_loss']) for run in runs)
             lines.append(
-                f'| {row.model}{f" {row.arguments}" if row.kwargs else ""} '
+                f'| {row} '
                 f'| {int(runs[0]["parameters"]) / 1e6:.3f}M | {int(runs[0]["multiply_adds"]) / 1e6:.1f}M '
                 f'| {mean:.2f}{f" ± {deviation:.2f}" if len(runs) > 1 else ""} | {len(runs)} '
                 f'| {loss:.3f} | {getattr(row, alike[0]):.2f} |'
