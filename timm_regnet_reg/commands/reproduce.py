@@ -377,7 +377,7 @@ class Run:
         last = read_summary(self.folder)[self.epochs - 1]
         classes = int(self.facts['dataset'].removeprefix('cifar'))
         model = timm.create_model(self.row.model, num_classes=classes, device='meta', **self.row.kwargs).eval()
-        parameters, multiply_adds = count(model, torch.empty(1, *model.default_cfg['input_size'], device='meta'))
+        parameters, multiply_adds = count(model, torch.empty(1, 3, 32, 32, device='meta'))
         return {
             **self.facts,
             'top1': round(last['eval_top1'], 3),
@@ -412,7 +412,9 @@ def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: in
     Returns:
         What went wrong, a message a run.
     """
-    waiting, running, failed = list(runs), [], []
+    waiting = list(runs)
+    running: List[Run] = []
+    failed: List[str] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     try:
         while waiting or running:
@@ -518,7 +520,12 @@ def draw(results: List[Dict[str, str]], path: Path) -> None:
             axes.plot(millions, papers, 'o', fillstyle='none', color=f'C{color}')
             for x, y, row in zip(millions, means, chosen):
                 name = ' '.join(
-                    word for word in (row.model.split('_')[-2 if kind != 'plain' else -1], row.arguments) if word
+                    word
+                    for word in (
+                        row.model.split('_')[-2 if kind != 'plain' else -1],
+                        row.arguments.removeprefix('regulated_'),
+                    )
+                    if word
                 )
                 axes.annotate(name, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
         axes.set(title=_title(alike).replace(', recipe', ',\nrecipe'), xlabel='parameters, millions', ylabel='error, %')
@@ -546,11 +553,11 @@ def main(args: argparse.Namespace) -> None:
     """
     results = Path(args.results, f'{args.dataset}.csv')
     if args.report:
-        rows = read_results(results)
-        if not rows:
+        known = read_results(results)
+        if not known:
             raise UserError(f'{results}: no results yet; train first')
-        print(report(rows))
-        draw(rows, results.with_suffix('.png'))
+        print(report(known))
+        draw(known, results.with_suffix('.png'))
         return
 
     if not args.train_py or not args.data_dir:
