@@ -519,14 +519,8 @@ def draw(results: List[Dict[str, str]], path: Path) -> None:
             papers = [getattr(row, alike[0]) for row in chosen]
             axes.plot(millions, papers, 'o', fillstyle='none', color=f'C{color}')
             for x, y, row in zip(millions, means, chosen):
-                name = ' '.join(
-                    word
-                    for word in (
-                        row.model.split('_')[-2 if kind != 'plain' else -1],
-                        row.arguments.removeprefix('regulated_'),
-                    )
-                    if word
-                )
+                backbone = row.model.split('_')[-1 if kind == 'plain' else -2]
+                name = f'{backbone} {row.arguments.removeprefix("regulated_")}'
                 axes.annotate(name, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
         axes.set(title=_title(alike).replace(', recipe', ',\nrecipe'), xlabel='parameters, millions', ylabel='error, %')
         axes.legend(title="hollow: papers'")
