@@ -24,7 +24,7 @@ import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Dict, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 import pytest
 
@@ -34,7 +34,6 @@ FAULTS = ('drop', '500', 'corrupt')
 STEPS = (
     'info',
     'create',
-    'delete',
     'yaml',
     'preupload',
     'batch',
@@ -43,7 +42,6 @@ STEPS = (
     'answer',
     'tree',
     'read',
-    'discussion',
 )
 
 
@@ -77,7 +75,7 @@ class Repo:
         self.private = private
         self.commits: Dict[str, Dict[str, File]] = {}
         self.refs: Dict[str, str] = {}
-        self.pull_requests: Dict[int, str] = {}  # number: 'open' or 'closed'
+        self.pull_requests: List[int] = []
         self.commit('main', files)
 
     def commit(self, ref: str, files: Dict[str, File]) -> str:
@@ -121,11 +119,11 @@ class HubServer:
         return {path: file.data for path, file in repo.commits[repo.resolve(revision)].items()}
 
     def snapshot(self) -> dict:
-        """All that a visitor sees: each repository's branches, their files, and its open pull requests."""
+        """All that a visitor sees: each repository's branches, their files, and its pull requests."""
         return {
             name: (
                 {ref: self.files(name, ref) for ref in repo.refs if not ref.startswith('refs/pr/')},
-                [n for n, status in repo.pull_requests.items() if status == 'open'],
+                list(repo.pull_requests),
             )
             for name, repo in self.repos.items()
         }
@@ -135,7 +133,7 @@ class HubServer:
 
         Args:
             kind: 'drop' closes the connection half way through the body, '500' answers so, 'corrupt' flips one bit of
-                what is sent (step 'read' only).
+                what is sent (step 'read'), or gives other hashes (step 'tree').
             step: One of STEPS; 'answer' is a commit that is done but whose answer never arrives.
         """
         assert kind in FAULTS and step in STEPS, (kind, step)
@@ -226,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body()
         self.error(404, message=f'no such endpoint: {self.command} {url.path}')
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
     @property
     def json(self) -> dict:
@@ -270,12 +268,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repos[repo_id] = Repo(private, {'.gitattributes': File(GITATTRIBUTES, False)})
         self.answer(200, {'url': f'{self.hub.endpoint}/{repo_id}'})
 
-    def delete(self) -> None:
-        repo_id = f'{self.json["organization"]}/{self.json["name"]}'
-        if self.repo(repo_id, write=True):
-            del self.hub.repos[repo_id]
-            self.answer(200)
-
     def validate_yaml(self) -> None:
         if re.match(r'---\n.*?\n---\n', self.json['content'], re.DOTALL):
             self.answer(200, {'errors': [], 'warnings': []})
@@ -297,7 +289,10 @@ class _Handler(BaseHTTPRequestHandler):
         repo, oid = self.find(repo_id, revision)
         if oid:
             paths = urllib.parse.parse_qs(self.data.decode()).get('paths', [])
-            self.answer(200, [file.describe(path) for path, file in repo.commits[oid].items() if path in paths])
+            found = {path: file for path, file in repo.commits[oid].items() if path in paths}
+            if self.fault == 'corrupt':
+                found = {path: file._replace(data=file.data + b'!') for path, file in found.items()}
+            self.answer(200, [file.describe(path) for path, file in found.items()])
 
     def preupload(self, repo_id: str, revision: str) -> None:
         repo = self.repo(repo_id, write=True)
@@ -361,18 +356,11 @@ class _Handler(BaseHTTPRequestHandler):
         url = f'{self.hub.endpoint}/{repo_id}'
         answer = {'commitUrl': f'{url}/commit/{oid}', 'commitOid': oid}
         if create_pr:
-            repo.pull_requests[number] = 'open'
+            repo.pull_requests.append(number)
             answer['pullRequestUrl'] = f'{url}/discussions/{number}'
         if self.hub.take_fault('answer'):
             return self.drop()
         self.answer(200, answer)
-
-    def discussion(self, repo_id: str, number: str) -> None:
-        repo = self.repo(repo_id, write=True)
-        if repo:
-            repo.pull_requests[int(number)] = self.json['status']
-            event = {'id': '0', 'type': 'status-change', 'createdAt': '2026-01-01T00:00:00.000Z', 'author': {}}
-            self.answer(200, {'newStatus': {**event, 'data': {'status': self.json['status']}}})
 
     def read(self, repo_id: str, revision: str, path: str) -> None:
         repo, oid = self.find(repo_id, revision)
@@ -397,13 +385,11 @@ class _Handler(BaseHTTPRequestHandler):
 _ID, _REV = r'(?P<repo_id>[^/]+/[^/]+)', r'(?P<revision>[^/]+)'
 _ROUTES = (
     ('POST', '/api/repos/create', 'create', 'create'),
-    ('DELETE', '/api/repos/delete', 'delete', 'delete'),
     ('POST', '/api/validate-yaml', 'yaml', 'validate_yaml'),
     ('POST', f'/api/models/{_ID}/preupload/{_REV}', 'preupload', 'preupload'),
     ('POST', f'/api/models/{_ID}/commit/{_REV}', 'commit', 'commit'),
     ('GET', f'/api/models/{_ID}/tree/{_REV}', 'tree', 'tree'),
     ('POST', f'/api/models/{_ID}/paths-info/{_REV}', 'tree', 'paths_info'),
-    ('POST', rf'/api/models/{_ID}/discussions/(?P<number>\d+)/status', 'discussion', 'discussion'),
     ('GET', f'/api/models/{_ID}', 'info', 'info'),
     ('GET', f'/api/models/{_ID}/revision/{_REV}', 'info', 'info'),
     ('POST', rf'/{_ID}\.git/info/lfs/objects/batch', 'batch', 'batch'),

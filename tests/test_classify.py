@@ -1,7 +1,10 @@
 """`classify`: the classes that the network really gives, of whatever can be an image, and an error for all the rest."""
 
 import json
+import os
+import shutil
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,6 +14,7 @@ import timm
 import torch
 from conftest import CLASSES, MODEL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
@@ -37,9 +41,10 @@ def photo(image_folder):
 
 @pytest.fixture
 def server(image_folder, tmp_path):
-    """The address of a web server of a folder with `photo.png` and `page.html`."""
+    """The address of a web server of a folder with `photo.png` and `page.html`; `slow` sends a byte now and then."""
     (tmp_path / 'photo.png').write_bytes((image_folder / 'validation' / 'bee' / '0.png').read_bytes())
     (tmp_path / 'page.html').write_text('<html>no image</html>')
+    done = threading.Event()
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -48,12 +53,33 @@ def server(image_folder, tmp_path):
         def send_head(self):
             if self.headers['User-Agent'].startswith('Python-urllib'):  # as some sites do
                 return self.send_error(403)
+            while self.path == '/slow' and not done.wait(0.05):
+                self.wfile.write(b'H')
             return super().send_head()
 
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=tmp_path)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{server.server_port}'
+        done.set()
         server.shutdown()
+
+
+@pytest.fixture
+def changed(packaged, tmp_path):
+    """Gives the name of a copy of the packaged network with another config, or with other weights."""
+
+    def change(config=lambda config: None, weights=lambda weights: None):
+        folder = shutil.copytree(packaged, tmp_path / 'changed')
+        content = json.loads((folder / 'config.json').read_text())
+        tensors = load_file(folder / 'model.safetensors')
+        config(content)
+        weights(tensors)
+        content.pop('sha256')
+        (folder / 'config.json').write_text(json.dumps(content))
+        save_file(tensors, folder / 'model.safetensors')
+        return f'local-dir:{folder}'
+
+    return change
 
 
 def probabilities(model, path):
@@ -126,6 +152,19 @@ def test_url_without_an_image_is_named(page, message, classify, server):
     assert f'regnet-reg: error: {server}/{page}: {message}' in err
 
 
+@pytest.mark.parametrize(
+    'limit, value, page, message',
+    [('URL_BYTES', 99, 'photo.png', 'is larger than 99 bytes'), ('URL_SECONDS', 0.4, 'slow', 'took longer than 0.4 s')],
+)
+def test_url_that_never_ends_is_given_up(limit, value, page, message, classify, server, monkeypatch):
+    monkeypatch.setattr(inference, limit, value)
+    start = time.monotonic()
+    code, out, err = classify(f'{server}/{page}')
+    assert (code, out) == (1, '')
+    assert f'regnet-reg: error: {server}/{page}: {message}' in err
+    assert time.monotonic() - start < 5
+
+
 def test_url_without_a_server_is_named(classify):
     code, out, err = classify('http://127.0.0.1:9/photo.png')
     assert (code, out) == (1, '')
@@ -155,6 +194,10 @@ def _empty_folder(path, photo):
     (path / 'notes.txt').touch()
 
 
+def _of_unknown_range(mode, path, photo):
+    Image.new(mode, (32, 32), 300).save(path, 'tiff')
+
+
 @pytest.mark.parametrize(
     'make, message',
     [
@@ -163,6 +206,8 @@ def _empty_folder(path, photo):
         (_flipped, 'cannot be read as an image'),
         (_empty, 'is not an image'),
         (_empty_folder, 'holds no images'),
+        (partial(_of_unknown_range, 'I'), 'cannot be read as an image (it has 32 bits a pixel'),
+        (partial(_of_unknown_range, 'F'), 'cannot be read as an image (it has 32 bits a pixel'),
         (lambda path, photo: None, 'no such file or folder'),
     ],
 )
@@ -174,10 +219,41 @@ def test_bad_image_among_good_ones_is_named_before_any_output(make, message, cla
     assert f'regnet-reg: error: {bad}: {message}' in err
 
 
-@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'I;16'])
-def test_every_mode_of_image(mode, packaged):
-    image = Image.new(mode, (50, 40))
-    assert len(predict(load_model(f'local-dir:{packaged}'), [image], topk=2)[0]) == 2
+@pytest.mark.parametrize(
+    'name, message',
+    [('', "error: an empty name ('') was given"), ('n' * 300, f'error: {"n" * 300}: '), ('no/such', 'no such file')],
+)
+def test_name_that_is_no_file_is_refused(name, message, classify, photo):
+    code, out, err = classify(photo, name)
+    assert (code, out) == (1, '') and message in err
+
+
+def test_undecodable_file_name_is_in_the_json(classify, photo, tmp_path):
+    name = os.fsencode(tmp_path) + b'/\xff\xe9.png'
+    try:
+        shutil.copy(photo, name)
+    except OSError:
+        pytest.skip('this file system takes no such names')
+    code, out, _ = classify(os.fsdecode(name), '--json')
+    assert code == 0 and out.isascii()
+    assert os.fsencode(json.loads(out)['images'][0]['image']) == name
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'PA', 'RGBA', 'CMYK', 'YCbCr', 'I;16'])
+def test_every_mode_of_image(mode, tmp_path):
+    path = tmp_path / ('image.tiff' if mode in ('CMYK', 'YCbCr', 'PA') else 'image.png')
+    white = Image.new('L', (50, 40), 255)
+    (Image.new(mode, (50, 40), 65535) if mode == 'I;16' else white.convert(mode)).save(path)
+    image = read_image(str(path))
+    assert image.mode == 'RGB' and image.getextrema() == ((255, 255),) * 3
+
+
+@pytest.mark.parametrize('suffix', ['png', 'tiff'])
+def test_sixteen_bits_of_grey_are_scaled_to_eight(suffix, tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / f'deep.{suffix}')
+    found = np.asarray(read_image(str(tmp_path / f'deep.{suffix}')))
+    assert (found == grey[..., None]).all()
 
 
 def test_network_of_one_channel_sees_the_image_in_grey(photo):
@@ -201,11 +277,59 @@ def test_no_more_classes_than_there_are(classify, photo):
     assert (code, len(out.splitlines())) == (0, 1 + len(CLASSES))
 
 
-def test_topk_below_one_is_refused(classify, photo, capsys):
+@pytest.mark.parametrize('topk', ['0', '-1', '1.5', 'abc'])
+def test_topk_other_than_a_positive_number_is_refused(topk, classify, photo, capsys):
     with pytest.raises(SystemExit) as exit:
-        classify(photo, '--topk', 0)
+        classify(photo, '--topk', topk)
     assert exit.value.code == 2
-    assert '--topk: 0 was given, expected 1 or more' in capsys.readouterr().err
+    assert f"--topk: '{topk}' was given, expected a whole number, 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('device', ['nope', 'cuda:99', 'meta', ''])
+def test_device_that_is_not_there_is_named_and_loading_not_blamed(device, classify, photo):
+    code, out, err = classify(photo, '--device', device)
+    assert (code, out) == (1, '')
+    assert f'error: --device {device}: ' in err and 'loaded' not in err
+
+
+def _set(**values):
+    return lambda mapping: mapping.update(values)
+
+
+def _negative_variance(weights):
+    next(value for name, value in weights.items() if name.endswith('running_var')).fill_(-1)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(config=_set(num_classes=2, label_names=['a', 'b'])), 'contradicts itself on the number of classes'),
+        (dict(config=_set(model_args={'num_classes': 5})), 'contradicts itself on the number of classes'),
+        (dict(config=_set(label_names=['a', 'b'])), 'contradicts itself on the number of classes'),
+        (dict(config=_set(label_names=[['a'], 'b', 'c'])), 'are not the names of its 3 classes'),
+        (dict(config=_set(label_names='abc')), 'are not the names of its 3 classes'),
+        (dict(config=_set(label_names={'3': 'd'})), 'are not the names of its 3 classes'),
+        (dict(config=_set(label_names={'a': 'd'})), 'are not the names of its 3 classes'),
+        (dict(config=_set(label_names=7)), 'are not the names of its 3 classes'),
+        (dict(config=_set(label_descriptions=['a'])), 'are not the names of its 3 classes'),
+        (dict(config=lambda config: config['pretrained_cfg'].update(interpolation='nope')), 'cannot be prepared'),
+        (dict(config=lambda config: config['pretrained_cfg'].update(std=[0, 0, 0])), 'error: --model'),
+        (dict(config=lambda config: config['pretrained_cfg'].update(input_size=[3, -5, 32])), 'error: --model'),
+        (dict(weights=_negative_variance), 'not finite'),
+    ],
+)
+@pytest.mark.parametrize('command', [['classify', 'PHOTO', '--json'], ['export', 'net.onnx']])
+def test_network_that_would_answer_at_random_is_refused(
+    command, change, message, changed, photo, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    model = changed(**change)
+    if command[0] == 'export':
+        pytest.importorskip('onnxscript')
+    code = main([str(photo) if arg == 'PHOTO' else arg for arg in command] + ['--model', model])
+    out, err = capsys.readouterr()
+    assert (code, out) == (1, '') and message in err
+    assert os.listdir() == ['changed']
 
 
 @pytest.mark.parametrize(

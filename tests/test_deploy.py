@@ -5,6 +5,7 @@ Every comparison is with the network as it was trained. What needs onnx, onnxrun
 
 import copy
 import os
+import shutil
 
 import pytest
 import timm
@@ -17,8 +18,8 @@ from timm.utils import reparameterize_model
 import timm_regnet_reg
 from timm_regnet_reg import __main__ as command_line
 from timm_regnet_reg.commands import export
+from timm_regnet_reg.errors import UserError
 
-CELLS = ('convrnn', 'convgru', 'convlstm')
 SMALL = dict(layers=(2, 1, 1, 2), channels=(16, 32, 48, 64), num_classes=7)
 SMALL_CIFAR = dict(layers=(2, 1, 2), num_classes=7)
 NETS = {
@@ -39,7 +40,10 @@ NETS = {
     ),
     'no shortcut': ('regnet_reg_resnet50_convrnn', dict(SMALL, shortcut='none')),
 }
-FORMS = [f'{form}_{cell}' for form in ('resnet20', 'resnet50') for cell in CELLS]
+# each cell, block and form once
+TYPICAL = ('cifar convgru, SE, option A', 'basic, anti-aliased', 'bottleneck, anti-aliased, stem without pooling')
+typical = pytest.mark.parametrize('net', TYPICAL, indirect=True)
+FORMS = ('resnet20_convrnn', 'resnet50_convgru', 'resnet20_convlstm')
 
 with_onnx = pytest.mark.skipif(
     any(map(export._is_missing, export.PACKAGES)),
@@ -103,6 +107,7 @@ def test_reparameterized_network_inside_another_module_has_its_stem_folded_too(n
         assert torch.equal(again(x), folded(x))
 
 
+@typical
 def test_reparameterizing_leaves_the_network_itself_untouched(net):
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     reparameterize_model(nn.Sequential(net))
@@ -114,6 +119,7 @@ def test_reparameterizing_leaves_the_network_itself_untouched(net):
 
 
 @pytest.mark.parametrize('mode', [(), (True,)], ids=['train()', 'train(True)'])
+@typical
 def test_reparameterized_network_says_that_it_trains_no_more(net, mode):
     x = images_for(net)
     for folded in (reparameterize_model(net), reparameterize_model(nn.Sequential(net))[0]):
@@ -133,6 +139,7 @@ def test_network_in_training_mode_is_folded_as_in_evaluation_mode():
         assert_close(reparameterize_model(model.train()).eval()(x), expected)
 
 
+@typical
 def test_reparameterized_network_is_copied_saved_and_scripted(net, tmp_path):
     x = images_for(net)
     folded, other = reparameterize_model(net), reparameterize_model(net)
@@ -282,8 +289,11 @@ def run(capsys):
 
 @with_onnx
 def test_command_writes_both_files_and_prints_difference_and_accuracies(run, packaged, data_dir, tmp_path):
-    code, out, _ = run(tmp_path / 'net.onnx', '--model', f'local-dir:{packaged}', '--int8', data_dir)
+    for left_by_a_killed_run in ('.net.onnx.999999999.new', '.net.int8.onnx.999999999.new'):
+        (tmp_path / left_by_a_killed_run).write_text('half')
+    code, out, err = run(tmp_path / 'net.onnx', '--model', f'local-dir:{packaged}', '--int8', data_dir)
     assert code == 0
+    assert all(label in err for label in ('scoring float32: ', 'calibrating: ', 'scoring int8: '))
     assert sorted(os.listdir(tmp_path)) == ['net.int8.onnx', 'net.onnx']
     exported, full, quantized = out.splitlines()
     assert f'opset {export.OPSET}' in exported and 'batch x 3 x 32 x 32' in exported and 'differ' in exported
@@ -299,6 +309,103 @@ def test_file_that_differs_is_not_kept(run, packaged, tmp_path, monkeypatch):
     code, _, err = run(tmp_path / 'net.onnx', '--model', f'local-dir:{packaged}')
     assert code == 1 and 'differs from the PyTorch model by 1.0e-02' in err
     assert os.listdir(tmp_path) == ['net.onnx'] and (tmp_path / 'net.onnx').read_text() == 'an earlier one'
+
+
+@with_onnx
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_file_with_outputs_that_are_not_finite_does_not_pass_for_equal(value, tmp_path, monkeypatch):
+    model = small('resnet20_convlstm')
+    monkeypatch.setattr(export, 'OnnxModel', lambda path, classes: lambda images: model(images).fill_(value))
+    with pytest.raises(UserError, match='bad.onnx: the network gives outputs that are not finite'):
+        export.largest_difference(model, tmp_path / 'bad.onnx')
+
+
+def _renamed(folder):
+    (folder / 'validation' / 'ant').rename(folder / 'validation' / 'dog')
+
+
+def _renamed_everywhere(folder):
+    for split in ('train', 'validation'):
+        (folder / split / 'ant').rename(folder / split / 'dog')
+
+
+def _one_class_less(folder):
+    shutil.rmtree(folder / 'validation' / 'ant')
+
+
+def _no_images(folder):
+    for path in (folder / 'validation').rglob('*.png'):
+        path.unlink()
+
+
+def _damaged(split):
+    def damage(folder):
+        path = folder / split / 'bee' / '0.png'
+        path.write_bytes(path.read_bytes()[:-1500])
+
+    return damage
+
+
+@pytest.fixture(scope='module')
+def exported(packaged, tmp_path_factory):
+    path = tmp_path_factory.mktemp('exported') / 'net.onnx'
+    export.export_onnx(timm.create_model(f'local-dir:{packaged}', pretrained=True).eval(), path)
+    return path
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Exporting is the work that nothing may have been done of."""
+    monkeypatch.setattr(export, 'export_onnx', lambda *args: pytest.fail('the work began'))
+
+
+def changed_data(image_folder, folder, change):
+    for split in ('train', 'validation'):
+        shutil.copytree(image_folder / 'validation', folder / split)
+    change(folder)
+    return folder
+
+
+@with_onnx
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (_renamed, 'validation: its classes are not those of DATA/train'),
+        (_renamed_everywhere, "its classes are not the model's (bee instead of ant)"),
+        (_one_class_less, 'validation: holds 2 classes'),
+        (_no_images, 'validation: holds no images'),
+        (lambda folder: shutil.rmtree(folder / 'train'), 'train: no such folder'),
+    ],
+)
+def test_wrong_data_is_told_before_the_work(run, packaged, image_folder, change, message, tmp_path, no_work):
+    data = changed_data(image_folder, tmp_path / 'data', change)
+    code, out, err = run(tmp_path / 'net.onnx', '--model', f'local-dir:{packaged}', '--int8', data)
+    assert (code, out) == (1, '') and message.replace('DATA', str(data)) in err
+    assert os.listdir(tmp_path) == ['data']
+
+
+@with_onnx
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_damaged_image_is_named_and_no_int8_file_left(
+    run, packaged, exported, image_folder, split, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(export, 'export_onnx', lambda model, path: shutil.copy(exported, path))
+    data = changed_data(image_folder, tmp_path / 'data', _damaged(split))
+    code, _, err = run(tmp_path / 'net.onnx', '--model', f'local-dir:{packaged}', '--int8', data)
+    assert code == 1
+    assert f'regnet-reg: error: {data}/{split}/bee/0.png: cannot be read' in err.splitlines()[-1]
+    assert sorted(os.listdir(tmp_path)) == ['data', 'net.onnx']
+
+
+@with_onnx
+@pytest.mark.parametrize('args', [[], ['--int8', 'data']])
+def test_place_that_cannot_be_written_is_told_before_the_work(run, args, tmp_path, monkeypatch, no_work):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, 'load_model', lambda *args: pytest.fail('the work began'))
+    for output in ('n' * 300, '/proc/net', 'n' * 245):
+        code, out, err = run(f'{output}.onnx', *args)
+        assert (code, out) == (1, '') and f'error: {output}' in err and 'onnx: cannot be written' in err
+    assert os.listdir() == []
 
 
 @with_onnx
@@ -320,7 +427,7 @@ def test_full_disk_is_told_and_leaves_nothing(run, packaged, tmp_path, monkeypat
         (['net.pt'], 'ends in .onnx'),
         (['nowhere/net.onnx'], 'nowhere: no such folder'),
         (['net.onnx', '--model', 'resnet51'], 'not a model that timm knows'),
-        (['net.onnx', '--int8', 'nowhere'], 'nowhere/validation: no such folder'),
+        (['net.onnx', '--int8', 'nowhere'], 'nowhere/train: no such folder'),
     ],
     ids=str,
 )

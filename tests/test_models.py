@@ -72,7 +72,7 @@ def is_cifar(name):
 
 def test_timm_lists_exactly_these_models():
     assert len(MODELS) == len(set(MODELS)) == 103
-    assert sorted(timm.list_models(module='regnet_reg')) == sorted(MODELS)
+    assert sorted(timm.list_models(module='regnet_reg')) == sorted([*MODELS, 'regnet_reg'])
     assert set(timm.list_models('regnet_reg_*') + timm.list_models('cifar_*')) >= set(MODELS)
     assert not set(timm.list_models(module='regnet')) & set(MODELS)
 
@@ -800,7 +800,7 @@ def forbidden(*args, **kwargs): raise AssertionError('not at import')
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = forbidden
 nn.Module.__init__ = nn.Parameter.__new__ = forbidden
 import timm_regnet_reg
-assert len(timm.list_models(module='regnet_reg')) == 103
+assert len(timm.list_models(module='regnet_reg')) == 104
 print([m for m in ('classify', 'package', 'publish', 'quickstart', 'run') if f'timm_regnet_reg.{m}' in sys.modules])
 """
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
@@ -899,6 +899,13 @@ def test_no_shortcut_leaves_no_path_around_a_block(net):
         ('basic', dict(shortcut='pad'), r"'pad'.*conv, none"),
         ('cifar', dict(shortcut='identity'), r"'identity'.*conv, pad, none"),
         ('cifar', dict(shortcut='none', zero_init_last=True), 'zero_init_last'),
+        ('basic', dict(in_chans=0), 'in_chans=0 .* 1 or more'),
+        ('cifar', dict(in_chans=0), 'in_chans=0 .* 1 or more'),
+        ('basic', dict(output_stride=7), 'Output stride 7 .*8, 16 or 32'),
+        ('cifar', dict(output_stride=7), 'Output stride 7 .*2, 4, 8, 16 or 32'),
+        ('basic', dict(features_only=True, out_indices=(5,)), r'out_indices=\(5,\) .* 0 to 4'),
+        ('cifar', dict(features_only=True, out_indices=(-5,)), r'out_indices=\(-5,\) .* 0 to 3'),
+        ('cifar', dict(features_only=True, out_indices=5), 'out_indices=5 .* from 1 to 4'),
     ],
     ids=str,
 )

@@ -1,9 +1,11 @@
 """`package`: from a checkpoint of train.py to a folder that loads, and an error for everything that can be wrong."""
 
 import argparse
+import copy
 import json
 import os
 import pickle
+import reprlib
 import resource
 import shutil
 
@@ -16,6 +18,7 @@ from huggingface_hub import ModelCard
 from timm.data import create_dataset, create_loader, resolve_data_config
 
 from timm_regnet_reg.__main__ import main
+from timm_regnet_reg.commands import package as package_module
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.pretrained import file_sha256
 from timm_regnet_reg.support.folder import FILES, check_folder
@@ -37,7 +40,10 @@ def package(trained, image_folder, tmp_path, capsys):
             **changed,
         }
         argv = [text for key, value in options.items() for text in (f'--{key.replace("_", "-")}', str(value))]
-        code = main(['package', str(checkpoint), *argv, *flags])
+        try:
+            code = main(['package', str(checkpoint), *argv, *flags])
+        except SystemExit as stop:  # argparse's answer to an argument that it can't take
+            code = stop.code
         return code, capsys.readouterr().err
 
     return run
@@ -139,8 +145,18 @@ class Bomb:
     [
         (lambda c: c['args'].__setattr__('model', 'resnet18'), ('resnet18', MODEL)),
         (lambda c: c.pop('args'), ("'args'", 'train.py')),
-        (lambda c: c['state_dict'].pop('fc.weight'), ('1 of them missing', 'fc.weight')),
-        (lambda c: c['state_dict'].update(extra=torch.zeros(1)), ('1 of them unexpected', 'extra')),
+        (lambda c: c.update(args=vars(c['args'])), ("'args' is of type dict",)),
+        (lambda c: c.update(epoch='three'), ("'epoch' is of type str",)),
+        (lambda c: c.update(state_dict=None), ("'state_dict' is of type NoneType",)),
+        (lambda c: c['state_dict'].update(bias=3), ("'bias', which is no tensor",)),
+        (lambda c: c['args'].__setattr__('num_classes', 'three'), ('cannot be built',)),
+        (lambda c: c['args'].__setattr__('model_kwargs', {'layers_of_cake': 3}), ('cannot be built', 'layers_of_cake')),
+        (lambda c: c['args'].__setattr__('input_size', [3, 32]), ('cannot be scored', 'input_size')),
+        (lambda c: c['args'].__setattr__('interpolation', 'nope'), ('prepared', 'nope')),
+        (lambda c: c['args'].__setattr__('mean', ['x']), ("'x'",)),
+        (lambda c: c['state_dict']['bn1.running_var'].fill_(-1), ('not finite',)),
+        (lambda c: c['state_dict'].pop('fc.weight'), ('1 weights are missing', 'fc.weight')),
+        (lambda c: c['state_dict'].update(extra=torch.zeros(1)), ('1 weights are unexpected', 'extra')),
         (lambda c: c['state_dict'].update({'fc.bias': torch.zeros(4)}), ('fc.bias (4,) instead of (3,)',)),
         (lambda c: c['state_dict']['fc.bias'].fill_(float('nan')), ('not finite', 'fc.bias', 'diverged')),
         (
@@ -149,7 +165,7 @@ class Bomb:
         ),
         (lambda c: c.update(metric=Bomb()), ('could run code',)),
     ],
-    ids=['another_model', 'no_args', 'missing', 'extra', 'shape', 'nan', 'inf', 'code'],
+    ids=lambda value: value[0] if isinstance(value, tuple) else '',
 )
 def test_unfit_checkpoint_is_refused(trained, package, tmp_path, monkeypatch, change, words):
     monkeypatch.chdir(tmp_path)
@@ -185,21 +201,163 @@ def test_files_that_are_no_checkpoint_are_refused(package, tmp_path):
     assert 'found: weight' in package(tmp_path / 'bare.pth.tar')[1]
 
 
-def test_arguments_are_checked(package, tmp_path, trained):
-    assert 'is not registered in timm' in package(model='resnet_of_mine')[1]
-    assert 'expected letters, digits' in package(tag='../up')[1]
-    assert 'cannot be read as a recipe' in package(recipe=tmp_path / 'absent.yaml')[1]
+@pytest.fixture
+def no_scoring(monkeypatch):
+    """Scoring takes long: whatever can be known before it must be."""
+    monkeypatch.setattr('timm_regnet_reg.commands.package.score', lambda *args: pytest.fail('scored first'))
+
+
+@pytest.mark.parametrize(
+    'changed, words',
+    [
+        ({'model': 'resnet_of_mine'}, 'is not registered in timm'),
+        ({'tag': '../up'}, 'expected letters, digits'),
+        ({'tag': 'x' * 240}, '64 at most'),
+        ({'tag': 'ünder'}, 'expected letters, digits'),
+        ({'recipe': 'absent.yaml'}, 'cannot be read as a recipe'),
+        ({'license': ' '}, '--license'),
+        ({'data_name': ''}, '--data-name'),
+        ({'batch_size': 0}, '--batch-size'),
+        ({'batch_size': 'x'}, '--batch-size'),
+        ({'workers': -1}, '--workers'),
+        ({'device': 'nope'}, '--device nope: expected cpu'),
+        ({'device': 'meta'}, '--device meta: expected cpu'),
+        ({'device': 'cuda:99'}, '--device cuda:99: torch finds'),
+        ({'split': ''}, "--split ''"),
+        ({'split': '.'}, "--split '.'"),
+        ({'output': '/proc/here'}, 'cannot be written'),
+        ({'output': 'x' * 300}, 'File name too long'),
+        ({'output': __file__}, 'Not a directory'),
+    ],
+)
+def test_arguments_are_checked_before_the_work(package, no_scoring, tmp_path, monkeypatch, changed, words):
+    monkeypatch.chdir(tmp_path)
+    code, err = package(**changed)
+    assert code in (1, 2) and words in err.splitlines()[-1]
+    assert os.listdir(tmp_path) == []
+
+
+def add_class(images, split, name, source='ant'):
+    shutil.copytree(images / 'validation' / source, images / split / name)
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda d: shutil.rmtree(d / 'validation'), 'no such folder'),
+        (lambda d: [path.unlink() for path in d.rglob('*.png')], 'holds no images'),
+        (lambda d: shutil.rmtree(d / 'validation' / 'bee'), 'holds 2 classes (ant, cat, …), but the model tells 3'),
+        (lambda d: add_class(d, 'validation', 'dog'), 'holds 4 classes'),
+        (lambda d: add_class(d, 'validation', 'more/ant'), 'holds a class twice'),
+        (
+            lambda d: (shutil.copytree(d / 'validation', d / 'train'), (d / 'train/ant').rename(d / 'train/eel')),
+            'missing: eel; added: ant',
+        ),
+        (lambda d: (shutil.copytree(d / 'validation', d / 'train'), add_class(d, 'train', 'dog')), 'missing: dog'),
+    ],
+)
+def test_data_must_be_of_the_classes_that_were_trained(package, no_scoring, tmp_path, image_folder, change, words):
+    images = shutil.copytree(image_folder, tmp_path / 'images')
+    change(images)
+    code, err = package(data_dir=images)
+    assert code == 1 and words in err and str(images) in err
     assert not (tmp_path / 'out').exists()
 
 
-def test_data_must_be_there_and_fit_the_model(package, tmp_path, image_folder):
-    assert 'no such folder' in package(data_dir=tmp_path)[1]
-    (tmp_path / 'validation' / 'ant').mkdir(parents=True)
-    assert 'holds no images' in package(data_dir=tmp_path)[1]
-    shutil.copytree(image_folder / 'validation' / 'ant', tmp_path / 'validation' / 'ant', dirs_exist_ok=True)
-    code, err = package(data_dir=tmp_path)
-    assert code == 1 and 'holds 1 classes' in err and '3' in err
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('data', [b'', b'no image', None])
+def test_image_that_cannot_be_read_is_named(package, tmp_path, image_folder, data, workers):
+    images = shutil.copytree(image_folder, tmp_path / 'images')
+    bad = images / 'validation/bee/2.png'
+    bad.write_bytes(bad.read_bytes()[:1000] if data is None else data)
+    code, err = package(data_dir=images, workers=workers)
+    assert code == 1 and err.splitlines()[-1].startswith(f'regnet-reg: error: {bad}: cannot be read as an image (')
     assert not (tmp_path / 'out').exists()
+
+
+def test_one_channel_run_loads_and_classifies(trained, package, tmp_path, image_folder, capsys):
+    model = timm.create_model(MODEL, num_classes=3, in_chans=1).eval()
+
+    def change(checkpoint):
+        checkpoint['args'].input_size = [1, 32, 32]
+        checkpoint['state_dict'] = model.state_dict()
+
+    assert package(changed_checkpoint(trained, tmp_path / 'grey.pth.tar', change))[0] == 0
+    name = f'local-dir:{tmp_path}/out/{MODEL}.tiny'
+    loaded = timm.create_model(name, pretrained=True).eval()
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.equal(loaded(images), model(images))
+    assert main(['classify', '--model', name, str(image_folder / 'validation/bee/2.png')]) == 0
+
+
+def test_auxiliary_norms_are_left_out_and_that_is_told(trained, package, tmp_path):
+    """As `train.py --split-bn` writes them; evaluation takes the main norms alone."""
+    split = timm.layers.convert_splitbn_model(copy.deepcopy(trained.model), 2).eval()
+    path = changed_checkpoint(trained, tmp_path / 'split.pth.tar', lambda c: c.update(state_dict=split.state_dict()))
+    assert package(path)[0] == 0
+    folder = tmp_path / f'out/{MODEL}.tiny'
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(images), split(images))
+    assert '| Split batch norm | the auxiliary norms are left out' in (folder / 'README.md').read_text()
+
+
+def test_arguments_of_the_network_are_kept(trained, package, tmp_path):
+    arguments = {'regulated_stages': [1], 'shortcut': 'pad'}
+    model = timm.create_model(MODEL, num_classes=3, **arguments).eval()
+
+    def change(checkpoint):
+        checkpoint['args'].model_kwargs = {**arguments, 'cache_dir': '/home/me/cache'}
+        checkpoint['state_dict'] = model.state_dict()
+
+    assert package(changed_checkpoint(trained, tmp_path / 'kwargs.pth.tar', change))[0] == 0
+    folder = check_folder(tmp_path / f'out/{MODEL}.tiny')
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(folder.model(images), model(images))
+    assert folder.config['model_args'].items() >= arguments.items() and 'cache_dir' not in folder.config['model_args']
+
+
+PLACES = {
+    'initial_checkpoint': 'last.pth.tar',
+    'pretrained_path': '/home/me/weights.pth',
+    'class_map': 'classes.txt',
+    'of_a_later_timm': ['here.txt'],
+    'kd_model_name': 'local-dir:teacher',
+    'model_kwargs': {'norm_layer': '/home/me/norms.py'},
+    'opt_kwargs': {'log': 'C:\\logs'},
+    'dataset': 'wds//home/me/data',
+}
+WORDS = {
+    'of_a_later_timm': 0.5,
+    'kd_model_name': 'hf-hub:timm/resnet50.a1_in1k',
+    'dataset': 'torch/cifar10',
+    'aa': 'v0r',
+}
+
+
+@pytest.mark.parametrize('key, value', PLACES.items())
+def test_no_place_reaches_the_card(trained, tmp_path, key, value):
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump({key: value}))
+    for options in ({key: value}, {}):
+        texts = package_module._recipe(tmp_path / 'recipe.yaml', {'model': MODEL, **options})
+        assert not any(place in text for text in texts for place in ('last', 'home', 'txt', 'teacher', 'logs')), texts
+        assert ('may name a place' in texts[1] and key in texts[1]) == bool(options)
+
+
+@pytest.mark.parametrize('key, value', WORDS.items())
+def test_what_is_no_place_reaches_the_card(trained, key, value):
+    name, reproduce = package_module._recipe(trained.recipe, {'model': MODEL, key: value})
+    assert yaml.safe_load(reproduce.split('```yaml')[1].split('```')[0]) == {'model': MODEL, key: value}
+
+
+def test_card_edited_by_hand_is_replaced_only_if_asked_for(trained, package, tmp_path):
+    card = tmp_path / f'out/{MODEL}.tiny/README.md'
+    assert package()[0] == 0
+    written = card.read_text()
+    card.write_text(written + 'My own words.')
+    code, err = package()
+    assert code == 1 and str(card) in err and '--overwrite' in err
+    assert 'My own words.' in card.read_text()
+    assert package(trained.checkpoint, '--overwrite')[0] == 0 and card.read_text() == written
 
 
 def test_full_disk_leaves_the_old_folder_as_it_was(package, tmp_path):
@@ -241,13 +399,6 @@ def test_failure_at_any_later_step_leaves_the_old_folder_as_it_was(package, tmp_
     assert code == 1 and 'No space left on device' in err and 'unchanged' in err, err
     assert os.listdir(tmp_path / 'out') == [f'{MODEL}.tiny']
     assert contents(tmp_path / f'out/{MODEL}.tiny') == before
-
-
-def test_output_that_cannot_be_written_is_told(package, tmp_path):
-    (tmp_path / 'file').write_text('not a folder')
-    code, err = package(output=tmp_path / 'file')
-    assert code == 1 and 'cannot be written' in err and str(tmp_path / 'file') in err
-    assert (tmp_path / 'file').read_text() == 'not a folder'
 
 
 def test_folder_with_files_of_ones_own_is_not_replaced(package, tmp_path):
@@ -312,7 +463,11 @@ SPOILED = {
     'missing_file': (lambda f: (f / 'README.md').unlink(), 'README.md is missing'),
     'broken_config': (lambda f: (f / 'config.json').write_text('{'), 'config.json'),
     'bad_arguments': (lambda f: edit_config(f, model_args={'layers_of_cake': 3}), 'cannot be built'),
-    'labels': (lambda f: edit_config(f, label_names=['ant']), 'names 1 labels for 3 classes'),
+    'labels': (lambda f: edit_config(f, label_names=['ant']), 'label_names are 1'),
+    'classes_and_labels': (lambda f: edit_config(f, num_classes=9, label_names=[*'abcdefghi']), 'num_classes says 9'),
+    'classes_of_network': (lambda f: edit_config(f, model_args={'num_classes': 5}), 'its network has 5'),
+    'negative_variance': (lambda f: resave(f, lambda w: w['bn1.running_var'].fill_(-1)), 'not finite'),
+    'list': (lambda f: (f / 'config.json').write_text('[]'), 'it holds a list'),
     'card_without_license': (
         lambda f: (f / 'README.md').write_text((f / 'README.md').read_text().replace('license:', 'lic:')),
         'license',
@@ -321,6 +476,46 @@ SPOILED = {
     'card_without_metadata': (lambda f: (f / 'README.md').write_text('# Hello\n'), 'license'),
     'card_unreadable': (lambda f: (f / 'README.md').write_text('---\na: [\n---\n'), 'README.md'),
 }
+
+
+@pytest.mark.parametrize(
+    'key, value',
+    [
+        ('architecture', None),
+        ('architecture', ['resnet18']),
+        ('sha256', 3),
+        ('num_classes', '3'),
+        ('num_classes', True),
+        ('label_names', [['ant'], ['bee'], ['cat']]),
+        ('label_names', {'0': 'ant', '1': 'bee', '2': 'cat'}),
+        ('label_names', None),
+        ('label_descriptions', ['ant']),
+        ('model_args', [3]),
+        ('pretrained_cfg', []),
+        ('pretrained_cfg.interpolation', 'nope'),
+        ('pretrained_cfg.interpolation', ['bicubic']),
+        ('pretrained_cfg.crop_pct', 'x'),
+        ('pretrained_cfg.crop_pct', 0),
+        ('pretrained_cfg.crop_mode', 'nope'),
+        ('pretrained_cfg.mean', 'x'),
+        ('pretrained_cfg.mean', [0.5, 0.5]),
+        ('pretrained_cfg.std', [float('nan')] * 3),
+        ('pretrained_cfg.std', [0.2, 0.2, 0]),
+        ('pretrained_cfg.input_size', [3, -5, 32]),
+        ('pretrained_cfg.input_size', [3, 32]),
+        ('pretrained_cfg.input_size', '3x32x32'),
+        ('pretrained_cfg.input_size', [2, 32, 32]),
+    ],
+)
+def test_config_that_would_not_load_is_refused_with_key_and_value(packaged, tmp_path, key, value):
+    folder = shutil.copytree(packaged, tmp_path / 'folder')
+    config = json.loads((folder / 'config.json').read_text())
+    *parents, last = key.split('.')
+    (config[parents[0]] if parents else config)[last] = value
+    (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(UserError) as error:
+        check_folder(folder)
+    assert f'{folder}/config.json: {key} is {reprlib.repr(value)}, expected ' in str(error.value)
 
 
 @pytest.mark.parametrize('how', SPOILED)

@@ -18,7 +18,8 @@ from timm_regnet_reg.commands import quickstart as command
 from timm_regnet_reg.commands.quickstart import Digits, quickstart
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.pretrained import WEIGHTS_FOLDER
-from timm_regnet_reg.support.folder import FILES, Score, check_folder, model_card, save_folder
+from timm_regnet_reg.support.folder import FILES, check_folder, model_card, save_folder
+from timm_regnet_reg.support.scoring import Score
 
 CIFAR10 = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 NAME = f'{MODEL}.digits'
@@ -92,16 +93,26 @@ def test_digits_are_split_without_overlap_and_keep_their_labels():
     assert found == expected
 
 
-def test_an_earlier_result_is_replaced_but_nothing_else(start, tmp_path, short, capsys):
+def test_an_earlier_result_is_replaced_but_nothing_else(start, tmp_path, short, monkeypatch):
     folder = quickstart(tmp_path, start, epochs=1, max_images=32)
     first = (folder / 'model.safetensors').read_bytes()
     quickstart(tmp_path, start, epochs=1, max_images=64)
     assert (folder / 'model.safetensors').read_bytes() != first
 
     (folder / 'thesis.txt').write_text('precious')
+    monkeypatch.setattr(command, '_fine_tune', lambda *args: pytest.fail('the work began'))
     with pytest.raises(UserError, match='thesis.txt'):
         quickstart(tmp_path, start, epochs=1, max_images=32)
     assert {path.name for path in folder.iterdir()} == {*FILES, 'thesis.txt'}
+
+
+@pytest.mark.parametrize('output, message', [('/proc/new', 'cannot be written'), ('n' * 300, 'cannot be written')])
+def test_place_that_cannot_be_written_is_told_before_the_work(output, message, start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, '_fine_tune', lambda *args: pytest.fail('the work began'))
+    with pytest.raises(UserError, match=message):
+        quickstart(output, start)
+    assert not list(tmp_path.iterdir())
 
 
 def test_outputs_that_differ_after_loading_are_an_error(start, tmp_path, short, monkeypatch):

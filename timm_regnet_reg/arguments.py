@@ -71,6 +71,7 @@ def _classify(parser: argparse.ArgumentParser) -> None:
         help='how many classes to print (default: %(default)s)',
     )
     parser.add_argument('--json', action='store_true', help='print one JSON document')
+    _add_device(parser)
 
 
 def _package(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +133,39 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('args', metavar='ARGS', nargs='*', help='arguments of the script')
 
 
+def _cifar(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('dir', metavar='DIR', help='the folder to write; must not exist, or be empty')
+    parser.add_argument('--dataset', choices=['cifar10', 'cifar100'], default='cifar10', help='default: cifar10')
+    parser.add_argument('--source', metavar='FOLDER', help='take the images of this folder instead of downloading them')
+
+
+def _reproduce(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('train_py', metavar='TRAIN_PY', nargs='?', help="path of timm's train.py")
+    parser.add_argument('--data-dir', metavar='DIR', help='the folder that `regnet-reg cifar` wrote')
+    parser.add_argument('--dataset', choices=['cifar10', 'cifar100'], default='cifar10', help='default: cifar10')
+    parser.add_argument(
+        '--table',
+        nargs='+',
+        choices=['resnet20', 'seresnet20', 'stages', 'depth'],
+        default=['resnet20'],
+        help='default: resnet20',
+    )
+    parser.add_argument('--models', nargs='+', metavar='MODEL', help='only these of the tables (default: all)')
+    parser.add_argument(
+        '--seeds', nargs='+', type=int, default=[0], metavar='N', help='each trains all models before the next does'
+    )
+    parser.add_argument('--schedule', choices=['short', 'papers'], default='short', help='default: short')
+    parser.add_argument(
+        '--float32', action='store_true', help='train in float32, not compiled, instead of compiled in bfloat16'
+    )
+    parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='runs at a time (default: 1)')
+    parser.add_argument('--output', default='runs', metavar='DIR', help='for logs and checkpoints (default: ./runs)')
+    parser.add_argument(
+        '--results', default='train_recipes/results', metavar='DIR', help='for the CSV files (default: %(default)s)'
+    )
+    parser.add_argument('--report', action='store_true', help='print and draw the results instead')
+
+
 def _table(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -160,6 +194,35 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _similarity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        'models',
+        metavar='MODEL',
+        nargs='+',
+        help="a ResNet of timm's with weights, plain or regulated, hf-hub:OWNER/NAME or local-dir:FOLDER",
+    )
+    parser.add_argument('--data-dir', required=True, metavar='DIR', help='holds {split}/<class>/<image>')
+    parser.add_argument('--split', default='validation', help='folder of the images (default: %(default)s)')
+    parser.add_argument(
+        '--images',
+        type=positive,
+        default=512,
+        metavar='N',
+        help='how many of them, at most, a random choice that is the same every time (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--batch-size',
+        type=positive,
+        default=64,
+        metavar='N',
+        help='images at a time, at most; 4 or more (default: %(default)s)',
+    )
+    parser.add_argument('--device', default='cpu', help='default: %(default)s')
+    parser.add_argument(
+        '--output', default='.', metavar='DIR', help='where the table and the figures go (default: here)'
+    )
+
+
 # name: (help line, function that adds the arguments); what runs is `main(args)` of the module of that name in commands,
 # whose docstring is the help text
 COMMANDS: Dict[str, Tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
@@ -172,6 +235,9 @@ COMMANDS: Dict[str, Tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     'publish': ('Upload a packaged folder to the Hugging Face Hub.', _publish),
     'export': ('Export a network to ONNX, and quantise it to int8.', _export),
     'run': ("Run one of timm's own scripts with these models registered.", _run),
+    'cifar': ('Write CIFAR-10 or CIFAR-100 as the folders that the recipes train on.', _cifar),
+    'reproduce': ("Train the papers' CIFAR tables with train.py, and report the results beside theirs.", _reproduce),
     'table': ('Print the table of models with their parameters and multiply-adds.', _table),
     'bench': ('Measure throughput and memory beside the plain networks.', _bench),
+    'similarity': ('Measure how alike the outputs of neighbouring residual blocks are.', _similarity),
 }

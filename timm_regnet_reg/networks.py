@@ -5,20 +5,31 @@ Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXi
 
 import copy
 import math
+import warnings
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.layers import LayerType, get_norm_layer
-from timm.models import ResNet, checkpoint_seq
+from timm.models import ResNet, checkpoint_seq, create_model, is_model
 from timm.models._features import feature_take_indices
+from timm.models._input import get_model_args
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .blocks import REGULATED_BLOCKS, PlainStage, RegulatedStage, ZeroPadShortcut, ZeroShortcut, fold_batch_norms
 from .cells import CELLS
 
-__all__ = ['CifarRegulatedResNet', 'RegulatedResNet', 'regulate', 'start_at_identity']
+__all__ = [
+    'CifarRegulatedResNet',
+    'RegulatedResNet',
+    'add_regulators',
+    'check_arguments',
+    'check_regulable',
+    'check_regulated',
+    'regulate',
+    'start_at_identity',
+]
 
 
 class RegulatedResNet(ResNet):
@@ -29,6 +40,7 @@ class RegulatedResNet(ResNet):
     """
 
     shortcuts: Tuple[str, ...] = ('conv', 'none')
+    output_strides: Tuple[int, ...] = (8, 16, 32)
 
     def __init__(
         self,
@@ -54,8 +66,10 @@ class RegulatedResNet(ResNet):
             **kwargs: What else timm's ResNet takes.
 
         Raises:
-            ValueError: Unknown cell, stage or shortcut, or a zero-initialised branch without residual connection.
+            ValueError: Unknown cell, stage or shortcut, a zero-initialised branch without residual connection, or
+                `in_chans` or `output_stride` that no network can have.
         """
+        check_arguments(self.output_strides, **kwargs)
         if shortcut not in self.shortcuts:
             raise ValueError(f'Unknown shortcut {shortcut!r}: {type(self).__name__} takes {", ".join(self.shortcuts)}.')
         if shortcut == 'none' and zero_init_last:
@@ -68,6 +82,22 @@ class RegulatedResNet(ResNet):
         self.num_stages = len(layers)
         self._set_shortcut(shortcut)
         self._regulate(cell, regulated_stages, get_norm_layer(norm_layer))
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: Optional[bool] = None) -> None:
+        """As timm's ResNet, and the cells and fusions.
+
+        Args:
+            zero_init_last: Start every residual branch at zero; None does so where there are residual connections.
+        """
+        if zero_init_last is None:
+            zero_init_last = not any(isinstance(module, ZeroShortcut) for module in self.modules())
+        super().init_weights(zero_init_last)
+        for stage in self.children():
+            if isinstance(stage, RegulatedStage):
+                stage.regulator.reset_parameters()
+                for block in stage:
+                    nn.init.kaiming_normal_(block.fusion_conv.weight, mode='fan_out', nonlinearity='relu')
 
     def _set_shortcut(self, shortcut: str) -> None:
         if shortcut == 'conv':
@@ -215,6 +245,7 @@ class CifarRegulatedResNet(RegulatedResNet):
     """The CIFAR form: a 3x3 stem without pooling and three stages of basic blocks, 16, 32 and 64 channels wide."""
 
     shortcuts = ('conv', 'pad', 'none')
+    output_strides = (2, 4, 8, 16, 32)
 
     def __init__(
         self,
@@ -235,8 +266,7 @@ class CifarRegulatedResNet(RegulatedResNet):
         Raises:
             ValueError: As RegulatedResNet, or an output stride that is none of the above.
         """
-        if output_stride not in (2, 4, 8, 16, 32):
-            raise ValueError(f'Output stride {output_stride!r} was given: 2, 4, 8, 16 or 32 is accepted.')
+        check_arguments(self.output_strides, output_stride=output_stride)
         super().__init__(
             block,
             layers,
@@ -262,6 +292,17 @@ class CifarRegulatedResNet(RegulatedResNet):
         return self.layer3(self.layer2(self.layer1(x)))
 
 
+def check_arguments(output_strides: Sequence[int], in_chans: int = 3, output_stride: int = 32, **_: Any) -> None:
+    """Raise a ValueError for channels or a stride of which timm makes an error of its own, or a useless network."""
+    if not isinstance(in_chans, int) or in_chans < 1:
+        raise ValueError(f'in_chans={in_chans!r} was given: 1 or more channels of the images are expected.')
+    if output_stride not in output_strides:
+        *others, last = output_strides
+        raise ValueError(
+            f'Output stride {output_stride!r} was given: {", ".join(map(str, others))} or {last} is accepted.'
+        )
+
+
 def _check_cell(cell: str) -> None:
     if cell not in CELLS:
         raise ValueError(f'Unknown cell {cell!r}: choose one of {", ".join(CELLS)}.')
@@ -280,32 +321,52 @@ def _check_stages(stages: Optional[Sequence[int]], num_stages: int) -> Tuple[int
     return tuple(sorted(set(stages)))
 
 
-def _check_regulable(model: nn.Module) -> None:
+_ACCEPTED = (
+    'regulate() accepts a timm.models.ResNet of BasicBlock or Bottleneck blocks with ReLU and batch norm '
+    '(timm.create_model of a resnet, resnext, seresnet, ecaresnet, resnetrs, wide_resnet, ...), '
+    'whole and not yet regulated.'
+)
+
+
+def check_regulable(model: nn.Module) -> None:
     """Raise what `regulate` raises for a network that it can't take."""
-    accepted = (
-        'regulate() accepts a timm.models.ResNet of BasicBlock or Bottleneck blocks with ReLU and batch norm '
-        '(timm.create_model of a resnet, resnext, seresnet, ecaresnet, resnetrs, wide_resnet, ...), '
-        'whole and not yet regulated.'
-    )
     if type(model) not in (ResNet, RegulatedResNet, CifarRegulatedResNet):
-        raise TypeError(f'A {type(model).__name__} was given. {accepted}')
+        raise TypeError(f'A {type(model).__name__} was given. {_ACCEPTED}')
     stages = [(name, stage) for name, stage in model.named_children() if name.startswith('layer')]
     for name, stage in stages:
         if isinstance(stage, RegulatedStage):
-            raise ValueError(f'{name} of the given network is regulated already. {accepted}')
+            raise ValueError(f'{name} of the given network is regulated already. {_ACCEPTED}')
         if len(stage) == 0:
-            raise ValueError(f'{name} of the given network has been pruned. {accepted}')
+            raise ValueError(f'{name} of the given network has been pruned. {_ACCEPTED}')
         for block in stage:
             if type(block) not in REGULATED_BLOCKS:
-                raise TypeError(f'{name} of the given network has a block {type(block).__name__}. {accepted}')
-            if type(block.act1) is not nn.ReLU:
-                raise TypeError(f'{name} of the given network has activation {type(block.act1).__name__}. {accepted}')
-            for bn in (block.bn1, block.bn2):
-                if not isinstance(bn, _BatchNorm) or bn.running_mean is None or bn.weight is None:
-                    raise TypeError(
-                        f'{name} of the given network has normalisation {type(bn).__name__}, not an affine batch norm '
-                        f'with running statistics. {accepted}'
-                    )
+                raise TypeError(f'{name} of the given network has a block {type(block).__name__}. {_ACCEPTED}')
+        _check_layers(name, stage)
+        widths = {block.conv1.out_channels for block in stage}
+        if len(widths) > 1:  # one cell reads all blocks of its stage
+            raise ValueError(
+                f'{name} of the given network has been pruned to blocks of different widths, '
+                f'{", ".join(map(str, sorted(widths)))}. {_ACCEPTED}'
+            )
+
+
+def check_regulated(model: RegulatedResNet) -> None:
+    """Raise what `regulate` raises for layers of regulated stages that can't be started at the identity."""
+    for name, stage in model.named_children():
+        if isinstance(stage, RegulatedStage):
+            _check_layers(name, stage)
+
+
+def _check_layers(name: str, stage: nn.Module) -> None:
+    for block in stage:
+        if type(block.act1) is not nn.ReLU:
+            raise TypeError(f'{name} of the given network has activation {type(block.act1).__name__}. {_ACCEPTED}')
+        for bn in (block.bn1, block.bn2):
+            if not isinstance(bn, _BatchNorm) or bn.running_mean is None or bn.weight is None:
+                raise TypeError(
+                    f'{name} of the given network has normalisation {type(bn).__name__}, not an affine batch norm '
+                    f'with running statistics. {_ACCEPTED}'
+                )
 
 
 @torch.no_grad()
@@ -335,11 +396,56 @@ def start_at_identity(model: RegulatedResNet) -> None:
         W_H.normal_(std=torch.finfo(W_H.dtype).eps)
 
 
+def _can_be_made_again(model: ResNet) -> bool:
+    """Whether what timm writes about a network, when it saves it, makes the same network."""
+    if not is_model(model.pretrained_cfg.get('architecture')):
+        return False
+    args = {**getattr(model, '_model_args', {}), **get_model_args(model)}  # the latter leave out drop rates
+
+    def structure(model: nn.Module) -> Tuple[str, Dict[str, torch.Size]]:
+        # synchronised batch norms have the weights and, in evaluation mode, the outputs of others
+        layers = str(model).replace('SyncBatchNorm', 'BatchNorm2d')
+        return layers, {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+    return structure(model) == structure(create_model(model.pretrained_cfg['architecture'], device='meta', **args))
+
+
+def add_regulators(model: ResNet, cell: str, stages: Optional[Sequence[int]]) -> None:
+    """Turn a network that passes `check_regulable` into a regulated one, in place; the regulators start at random.
+
+    Args:
+        model: The network.
+        cell: 'convrnn', 'convgru' or 'convlstm'.
+        stages: Stages to regulate, counted from 1; None for all.
+
+    Raises:
+        ValueError: The cell or a stage is unknown.
+    """
+    _check_cell(cell)
+    stages = _check_stages(stages, getattr(model, 'num_stages', 4))
+    if type(model) is ResNet:
+        # its arguments are known to timm's entrypoint alone, so that it can't be built anew as the subclass
+        model.__class__ = RegulatedResNet
+        model.num_stages = 4
+    given = set(model.modules())
+    bn = model.layer1[0].bn1
+
+    def norm_layer(channels: int, **kwargs) -> nn.Module:
+        return type(bn)(channels, eps=bn.eps, momentum=bn.momentum, **kwargs)
+
+    model._regulate(cell, stages, norm_layer)
+    for module in set(model.modules()) - given:
+        module.training = model.training  # and not model.train(), which would wake batch norms that were put to eval
+
+
 def regulate(model: ResNet, cell: str = 'convlstm', stages: Optional[Sequence[int]] = None) -> RegulatedResNet:
     """Turn a ResNet into a regulated network with the same weights and the same outputs.
 
     The regulators start where they change nothing in evaluation mode (up to rounding) and little in training mode,
     and learn from the first step on. The given network is copied and stays as it is.
+
+    timm saves the result (`save_for_hf`, `push_to_hf_hub`) and makes it again (`create_model`) as model `regnet_reg`,
+    whose arguments are the backbone's name, its arguments, the cell and the stages.
 
     Args:
         model: A timm.models.ResNet of BasicBlock or Bottleneck blocks with ReLU and batch norm, trained or not, with
@@ -353,27 +459,25 @@ def regulate(model: ResNet, cell: str = 'convlstm', stages: Optional[Sequence[in
     Raises:
         TypeError: The network is of another class, or has other blocks, activations or normalisation.
         ValueError: The network is regulated or pruned already, or the cell or a stage is unknown.
+
+    Warns:
+        UserWarning: The network isn't what `timm.create_model` gives, and timm will refuse to save the result.
     """
-    _check_cell(cell)
-    _check_regulable(model)
-    model = copy.deepcopy(model)
-    if type(model) is ResNet:
-        model.__class__ = RegulatedResNet
-        model.num_stages = 4
-    stages = _check_stages(stages, model.num_stages)
-    given = set(model.modules())
-    bn = model.layer1[0].bn1
-
-    def norm_layer(channels: int, **kwargs) -> nn.Module:
-        return type(bn)(channels, eps=bn.eps, momentum=bn.momentum, **kwargs)
-
-    model._regulate(cell, stages, norm_layer)
+    check_regulable(model)
+    plain, model = model, copy.deepcopy(model)
+    add_regulators(model, cell, stages)
     start_at_identity(model)
-    for module in set(model.modules()) - given:
-        module.training = model.training  # and not model.train(), which would wake batch norms that were put to eval
     if hasattr(model, 'pretrained_cfg'):
-        # the plain architecture's name would be wrong for anyone who saves the network with its cfg
-        name = str(model.pretrained_cfg.get('architecture')).removeprefix('cifar_')
-        model.pretrained_cfg = dict(model.pretrained_cfg, architecture=f'regnet_reg_{name}_{cell}')
-        model.default_cfg = model.pretrained_cfg
+        architecture = model.pretrained_cfg.get('architecture')
+        args = {'backbone': architecture, **getattr(model, '_model_args', {}), 'cell': cell, 'regulated_stages': stages}
+        if not _can_be_made_again(plain):
+            warnings.warn(
+                f'The given network is not what timm.create_model({architecture!r}) makes with the arguments that timm '
+                'recorded, so timm will not save the regulated one. Make the network by timm.create_model with all its '
+                'arguments, or give them to save_for_hf: model_args=dict(backbone=NAME, ...).',
+                stacklevel=2,
+            )
+            args['backbone'] = type(plain)  # no JSON: save_for_hf raises an error that asks for a replacement
+        model._model_args = args
+        model.pretrained_cfg = model.default_cfg = dict(model.pretrained_cfg, architecture='regnet_reg')
     return model

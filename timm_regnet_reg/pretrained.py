@@ -8,22 +8,36 @@ nothing yet: the outputs are the backbone's.
 
 import hashlib
 import json
+import logging
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
-from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
 
-from .networks import RegulatedResNet, start_at_identity
+from .errors import UserError
+from .networks import RegulatedResNet, check_regulated, start_at_identity
 
-__all__ = ['WEIGHTS_FOLDER', 'file_sha256', 'filter_checkpoint', 'trained_cfgs', 'warm_start_cfgs', 'weights_of']
+__all__ = [
+    'WEIGHTS_FOLDER',
+    'check_weights',
+    'file_sha256',
+    'filter_checkpoint',
+    'packaged_args',
+    'trained_cfgs',
+    'warm_start_cfg',
+    'warm_start_cfgs',
+    'weights_of',
+]
+
+_logger = logging.getLogger(__name__)
 
 # in an installed package the folder lies inside it, in a checkout beside it
 WEIGHTS_FOLDER = Path(__file__).parent / 'pretrained_cfgs'
@@ -59,6 +73,31 @@ def trained_cfgs() -> Dict[str, PretrainedCfg]:
     return cfgs
 
 
+def packaged_args(cfg: PretrainedCfg) -> Dict[str, Any]:
+    """The arguments of the network whose packaged weights a cfg names, other than those that are in its cfg too."""
+    folder = Path(cfg.file or '').parent
+    if folder.parent != WEIGHTS_FOLDER:
+        return {}
+    args = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_args', {})
+    return {key: value for key, value in args.items() if key not in ('num_classes', 'in_chans')}
+
+
+def warm_start_cfg(name: str, cfg: PretrainedCfg) -> PretrainedCfg:
+    """The cfg of a regulated model that starts with a plain one's weights.
+
+    Args:
+        name: Name of the regulated model.
+        cfg: The plain model's cfg.
+    """
+    return replace(
+        cfg,
+        architecture=name,
+        tag=f'warm_{cfg.tag}',
+        description=f'Weights of {cfg.architecture}.{cfg.tag} with untrained regulators that leave its outputs '
+        'unchanged: a start for fine-tuning.',
+    )
+
+
 def warm_start_cfgs(name: str, backbone: str) -> Dict[str, PretrainedCfg]:
     """`{name}.warm_{tag}`: cfg, for every tag that timm has weights of; timm's default comes first.
 
@@ -71,53 +110,56 @@ def warm_start_cfgs(name: str, backbone: str) -> Dict[str, PretrainedCfg]:
         (cfg for cfg in get_arch_pretrained_cfgs(backbone).values() if cfg.has_weights),
         key=lambda cfg: cfg.tag != default.tag,
     )
-    return {
-        f'{name}.warm_{cfg.tag}': replace(
-            cfg,
-            architecture=name,
-            tag=f'warm_{cfg.tag}',
-            description=f'Weights of {backbone}.{cfg.tag} with untrained regulators that leave its outputs unchanged: '
-            'a start for fine-tuning.',
-        )
-        for cfg in cfgs
-    }
+    return {f'{name}.warm_{cfg.tag}': warm_start_cfg(name, cfg) for cfg in cfgs}
 
 
 @contextmanager
-def weights_of(
-    name: str,
-    tag_or_cfg: Any,
-    overlay: Optional[Dict[str, Any]],
-    cache_dir: Optional[str],
-) -> Iterator[None]:
+def weights_of(name: str, cfg: PretrainedCfg, cache_dir: Optional[str]) -> Iterator[None]:
     """Check a model's weights before the block loads them, and say clearly why they can't be loaded.
 
     Args:
         name: Name of the model.
-        tag_or_cfg: The `pretrained_cfg` argument of timm's create_model.
-        overlay: Its `pretrained_cfg_overlay` argument.
-        cache_dir: Its `cache_dir` argument.
+        cfg: What says where they are.
+        cache_dir: The argument of timm's create_model.
 
     Raises:
         RuntimeError: The model has no weights, or they can't be had, are damaged or don't fit.
     """
-    cfg = resolve_pretrained_cfg(name, tag_or_cfg, overlay)
     source = cfg.state_dict and 'the given state dict' or cfg.file or cfg.hf_hub_id or cfg.url
     if not source:
         raise RuntimeError(
             f'{name} has no pretrained weights. Create it with pretrained=False, or give a plain timm network with '
             'weights to timm_regnet_reg.regulate(). Models with weights: timm.list_pretrained("regnet_reg_*").'
         )
+    _announce_download(name, cfg, cache_dir)
+    failed = f'The weights of {name} could not be loaded from {source}'
     try:
         _check_hash(cfg, cache_dir)
         yield
+    except UserError as error:  # says itself what to do
+        raise RuntimeError(f'{failed}: {error}') from error
     # HTTPError is the Hub client's HTTP library's: a connection that breaks is no OSError
     except (OSError, EOFError, HTTPError, SafetensorError, RuntimeError) as error:
         raise RuntimeError(
-            f'The weights of {name} could not be loaded from {source}: {error or type(error).__name__}\n'
+            f'{failed}: {error or type(error).__name__}\n'
             'If they should have been downloaded, check the connection and the name; offline, they must be in the '
             'cache. If the file is damaged, delete it and fetch or install it again. pretrained=False needs no weights.'
         ) from error
+
+
+def _announce_download(name: str, cfg: PretrainedCfg, cache_dir: Optional[str]) -> None:
+    """Say what is about to be downloaded: without a connection the Hub's client tries for a minute, and is silent."""
+    if cfg.source == 'local-dir' or cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file) or not cfg.hf_hub_id:
+        return
+    repo_id, _, revision = cfg.hf_hub_id.partition('@')
+    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ['model.safetensors', 'pytorch_model.bin']
+    if not any(isinstance(try_to_load_from_cache(repo_id, f, cache_dir, revision or None), str) for f in files):
+        _logger.warning(
+            'The weights of %s are not in the cache: downloading them from %s on the Hugging Face Hub. Without a '
+            'connection this fails after about a minute.',
+            name,
+            cfg.hf_hub_id,
+        )
 
 
 def _check_hash(cfg: PretrainedCfg, cache_dir: Optional[str]) -> None:
@@ -147,6 +189,56 @@ def _check_hash(cfg: PretrainedCfg, cache_dir: Optional[str]) -> None:
         raise RuntimeError(f'{weights} has SHA-256 {found}, its config says {expected}.')
 
 
+def check_weights(
+    state_dict: Mapping[str, Any],
+    model: torch.nn.Module,
+    is_optional: Callable[[str], bool] = lambda key: False,
+    adapted: Tuple[str, ...] = (),
+) -> None:
+    """Check that a state dict is the network's, and finite.
+
+    Args:
+        state_dict: What was loaded.
+        model: The network that it is for.
+        is_optional: Says of a key whether it may be missing or extra.
+        adapted: Beginnings of the keys of weights that may have other shapes.
+
+    Raises:
+        UserError: Weights are missing, unexpected, no floating-point tensors, of another shape or not finite.
+    """
+    own = model.state_dict()
+    # counters alone are integers
+    types = {key: isinstance(v, torch.Tensor) and v.is_floating_point() for key, v in state_dict.items()}
+    remedy = 'Give the model, with its arguments, that was trained, or weights of this one.'
+    for problem, remedy, keys in (
+        ('missing', remedy, [key for key in own if key not in state_dict and not is_optional(key)]),
+        ('unexpected', remedy, [key for key in state_dict if key not in own and not is_optional(key)]),
+        (
+            'not floating-point tensors',
+            'Give weights as they were trained, and not as they were quantised.',
+            [key for key, is_float in types.items() if not is_float and not key.endswith('num_batches_tracked')],
+        ),
+        (
+            'of another shape',
+            remedy,
+            [
+                f'{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}'
+                for key, value in state_dict.items()
+                if key in own and value.shape != own[key].shape and not key.startswith(adapted)
+            ],
+        ),
+        (
+            'not finite',
+            'Take a checkpoint from before the training diverged.',
+            [key for key, value in state_dict.items() if types[key] and not value.isfinite().all()],
+        ),
+    ):
+        if keys:
+            raise UserError(
+                f'{len(keys)} weights are {problem}: {", ".join(keys[:4])}{", …" if len(keys) > 4 else ""}. {remedy}'
+            )
+
+
 def filter_checkpoint(state_dict: Dict[str, torch.Tensor], model: RegulatedResNet) -> Dict[str, torch.Tensor]:
     """timm's checkpoint filter: check that the weights are the network's, and give a warm start its regulators.
 
@@ -158,33 +250,45 @@ def filter_checkpoint(state_dict: Dict[str, torch.Tensor], model: RegulatedResNe
         The state dict; of a warm start, with regulators that change nothing.
 
     Raises:
-        RuntimeError: Weights are missing, unexpected or not finite. timm itself lets keys pass where it adapts the
-            classifier.
+        UserError: As `check_weights`, or the network's layers can't be started warm. timm itself lets keys pass where
+            it adapts the classifier.
     """
 
     def is_added(key: str) -> bool:
         return '.regulator' in key or '.fusion' in key
 
-    tag = str(model.pretrained_cfg.get('tag'))
+    cfg = model.pretrained_cfg
     # a warm start that was fine-tuned and saved still has its tag, but brings its regulators
-    warm_start = tag.startswith('warm_') and not any(is_added(key) for key in state_dict)
-    own = model.state_dict()
+    warm_start = str(cfg.get('tag')).startswith('warm_') and not any(is_added(key) for key in state_dict)
 
     def is_optional(key: str) -> bool:  # the classifier may be another one, and older files lack the counters
         return key.startswith('fc.') or key.endswith('.num_batches_tracked') or warm_start and is_added(key)
 
-    for problem, keys in (
-        ('missing', [key for key in own if key not in state_dict and not is_optional(key)]),
-        ('unexpected', [key for key in state_dict if key not in own and not key.startswith('fc.')]),
-        ('not finite', [key for key, value in state_dict.items() if not value.isfinite().all()]),
-    ):
-        if keys:
-            raise RuntimeError(
-                f'{len(keys)} weights are {problem}: {", ".join(keys[:4])}{", …" if len(keys) > 4 else ""}. Give the '
-                'model, with its arguments, that was trained, or weights of this one.'
-            )
+    if warm_start:
+        try:
+            check_regulated(model)
+        except TypeError as error:  # which timm would take for a filter's without the argument `model`
+            raise UserError(f'The network cannot start with the weights of a backbone. {error}') from error
+    # timm adapts these to other numbers of classes and channels
+    check_weights(state_dict, model, is_optional, adapted=('fc.', f'{cfg["first_conv"]}.'))
+    _check_classes(state_dict, model)
     if not warm_start:
         return state_dict
     model.load_state_dict({key: value for key, value in state_dict.items() if '.bn' in key}, strict=False)
     start_at_identity(model)
     return {**state_dict, **{key: value for key, value in model.state_dict().items() if is_added(key)}}
+
+
+def _check_classes(state_dict: Dict[str, torch.Tensor], model: RegulatedResNet) -> None:
+    """Raise a UserError for a config that contradicts itself or its weights: timm would leave the classifier random."""
+    cfg = model.pretrained_cfg
+    if cfg.get('source') not in ('hf-hub', 'local-dir'):
+        return
+    found = {
+        'num_classes': cfg['num_classes'],
+        'model_args': model.pretrained_model_args.get('num_classes'),
+        'the weights': len(state_dict['fc.weight']) if 'fc.weight' in state_dict else None,
+    }
+    if len({classes for classes in found.values() if classes is not None}) > 1:
+        told = ', '.join(f'{classes} in {where}' for where, classes in found.items() if classes is not None)
+        raise UserError(f'The numbers of classes differ: {told}. Correct config.json, or package the network again.')

@@ -4,16 +4,27 @@ Named after the method, and not `regnet`, so that timm doesn't file them with th
 Design Spaces*, which are called RegNet too.
 """
 
-from contextlib import nullcontext
-from typing import Any, Callable, Dict, Tuple
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    ResNet,
+    build_model_with_cfg,
+    create_model,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from .cells import CELLS
-from .networks import CifarRegulatedResNet, RegulatedResNet
-from .pretrained import filter_checkpoint, trained_cfgs, warm_start_cfgs, weights_of
+from .networks import CifarRegulatedResNet, RegulatedResNet, add_regulators, check_arguments, check_regulable
+from .pretrained import filter_checkpoint, packaged_args, trained_cfgs, warm_start_cfg, warm_start_cfgs, weights_of
 
 __all__ = []  # timm adds the entrypoints
 
@@ -122,29 +133,73 @@ def _models() -> Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]]:
 
 
 MODELS = _models()
+CIFAR_MODELS = tuple(name for name, (model_class, *_) in MODELS.items() if model_class is CifarRegulatedResNet)
+
+
+def _create(
+    model_class: Callable[..., ResNet],
+    name: str,
+    model_args: Dict[str, Any],
+    pretrained: bool,
+    kwargs: Dict[str, Any],
+) -> RegulatedResNet:
+    """What all entrypoints have in common.
+
+    Args:
+        model_class: Makes the network.
+        name: Name of the model.
+        model_args: Arguments of `model_class`; what was recorded with packaged weights comes before them.
+        pretrained: Load weights.
+        kwargs: The caller's arguments, which come before all others.
+    """
+    tags = [tag for tag in default_cfgs[name].cfgs if tag]
+    tag = kwargs.get('pretrained_cfg')
+    if tag and isinstance(tag, str) and tag not in tags:
+        raise RuntimeError(f'{name} has no pretrained tag {tag!r}; it has {", ".join(tags) or "none"}.')
+    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
+    if overlay.get('hf_hub_id') or overlay.get('url'):
+        overlay = {'file': None, **overlay}  # packaged weights are a file, which timm would prefer
+    cfg = resolve_pretrained_cfg(name, tag, overlay)
+    recorded = packaged_args(cfg)
+    args = {**model_args, **recorded, **kwargs}
+    # not all of timm's default out_indices, as the CIFAR form has one stage less
+    num_features = 4 if args.get('backbone', name).split('.')[0] in CIFAR_MODELS else 5
+    feature_cfg = {'out_indices': tuple(range(num_features)), **args.pop('feature_cfg', {})}
+    if args.get('features_only'):
+        _check_out_indices(args.get('out_indices', feature_cfg['out_indices']), num_features)
+    with ExitStack() as loading:
+
+        def build(**model_args: Any) -> ResNet:
+            model = model_class(**model_args)
+            # as timm's create_model records the caller's, for whoever saves the network
+            model._model_args = {**getattr(model, '_model_args', {}), **recorded}
+            if pretrained:  # only now, so that no fault of the arguments is blamed on the weights
+                loading.enter_context(weights_of(name, cfg, kwargs.get('cache_dir')))
+            return model
+
+        return build_model_with_cfg(
+            build,
+            name,
+            pretrained,
+            feature_cfg=feature_cfg,
+            pretrained_filter_fn=filter_checkpoint,
+            pretrained_cfg_overlay=overlay,
+            **args,
+        )
+
+
+def _check_out_indices(indices: Union[int, Sequence[int]], num_features: int) -> None:
+    given = range(-indices, 0) if isinstance(indices, int) else indices
+    if not all(-num_features <= index < num_features for index in given):
+        raise ValueError(
+            f'out_indices={indices!r} was given: indices from 0 to {num_features - 1} are expected, or the number of '
+            f'last features, from 1 to {num_features}.'
+        )
 
 
 def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: str) -> Callable[..., RegulatedResNet]:
     def create(pretrained: bool = False, **kwargs) -> RegulatedResNet:
-        tag = kwargs.get('pretrained_cfg')
-        tags = [tag for tag in default_cfgs[name].cfgs if tag]
-        if tag and isinstance(tag, str) and tag not in tags:
-            raise RuntimeError(f'{name} has no pretrained tag {tag!r}; it has {", ".join(tags) or "none"}.')
-        # not all of timm's default out_indices, as the CIFAR form has one stage less
-        feature_cfg = {'out_indices': tuple(range(1 + len(model_args['layers']))), **kwargs.pop('feature_cfg', {})}
-        overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
-        if overlay.get('hf_hub_id') or overlay.get('url'):
-            overlay = {'file': None, **overlay}  # packaged weights are a file, which timm would prefer
-        with weights_of(name, tag, overlay, kwargs.get('cache_dir')) if pretrained else nullcontext():
-            return build_model_with_cfg(
-                model_class,
-                name,
-                pretrained,
-                feature_cfg=feature_cfg,
-                pretrained_filter_fn=filter_checkpoint,
-                pretrained_cfg_overlay=overlay,
-                **dict(model_args, **kwargs),
-            )
+        return _create(model_class, name, model_args, pretrained, kwargs)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"""{doc}
@@ -169,6 +224,8 @@ def _default_cfgs() -> Dict[str, DefaultCfg]:
             cfgs.update(warm_start_cfgs(name, name.removeprefix('regnet_reg_').removesuffix(f'_{model_args["cell"]}')))
         if not any(key.startswith(f'{name}.') for key in cfgs):
             cfgs[name] = cfg
+    cfgs['regnet_reg'] = _cfg()
+    cfgs.update({key: value for key, value in trained.items() if key.startswith('regnet_reg.')})
     return generate_default_cfgs(cfgs)
 
 
@@ -176,3 +233,38 @@ default_cfgs = _default_cfgs()
 
 for _name, (_model_class, _model_args, _, _doc) in MODELS.items():
     globals()[_name] = register_model(_entrypoint(_name, _model_class, _model_args, _doc))
+
+
+def _regulated(backbone: str, cell: str, regulated_stages: Optional[Sequence[int]] = None, **kwargs: Any) -> ResNet:
+    if backbone.split('.')[0] in MODELS:
+        kwargs['regulated_stages'] = ()
+    else:
+        check_arguments(RegulatedResNet.output_strides, **kwargs)
+    model = create_model(backbone, **kwargs)
+    check_regulable(model)
+    add_regulators(model, cell, regulated_stages)
+    model._model_args = dict(backbone=backbone, cell=cell, regulated_stages=regulated_stages)
+    return model
+
+
+@register_model
+def regnet_reg(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """Any ResNet of timm's that `regulate` takes, regulated; networks that `regulate` made are saved as this model.
+
+    Args:
+        pretrained: Start with the backbone's weights and regulators that leave its outputs as they are.
+        **kwargs: `backbone`, timm's name of the plain network, with or without tag (default 'resnet50'), `cell`
+            ('convrnn', 'convgru' or 'convlstm', the default), `regulated_stages` (counted from 1; default all), and
+            what the backbone takes.
+
+    Returns:
+        The network, or its feature extractor with `features_only=True`.
+    """
+    model_args: Dict[str, Any] = dict(backbone='resnet50', cell='convlstm')
+    backbone = kwargs.get('backbone', model_args['backbone'])
+    if not kwargs.get('pretrained_cfg'):
+        cfg = get_pretrained_cfg(backbone) or PretrainedCfg()
+        kwargs['pretrained_cfg'] = (
+            warm_start_cfg('regnet_reg', cfg) if cfg.has_weights else replace(cfg, architecture='regnet_reg')
+        )
+    return _create(_regulated, 'regnet_reg', model_args, pretrained, kwargs)

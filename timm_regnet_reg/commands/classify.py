@@ -23,14 +23,15 @@ def main(args: argparse.Namespace) -> None:
         UserError: An image can't be found or read, or the model can't be had.
     """
     sources = find_images(args.images)
-    model = load_model(args.model)
+    model = load_model(args.model, args.device)
     progress = tqdm(sources, desc='classifying', unit='image', leave=False, disable=None)  # on a terminal only
-    results = list(zip(sources, predict(model, map(read_image, progress), args.topk)))
+    with progress:  # closed, so that an error starts on a line of its own
+        results = list(zip(sources, predict(model, map(read_image, progress), args.topk)))
     if args.json:
         images = [
             {'image': source, 'predictions': [prediction._asdict() for prediction in predictions]}
             for source, predictions in results
         ]
-        print(json.dumps({'model': args.model, 'images': images}, indent=2, ensure_ascii=False))
+        print(json.dumps({'model': args.model, 'images': images}, indent=2))
     else:
         print('\n'.join(f'{source}\n{prediction_lines(predictions)}' for source, predictions in results))

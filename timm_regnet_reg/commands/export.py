@@ -12,23 +12,23 @@ DIR/train/<class>/<image>. Both files are then scored on DIR/validation/<class>/
 """
 
 import argparse
-import os
 import sys
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, Tuple
+from typing import Any, Dict, Iterable, Tuple
 
 import torch
 import torch.nn as nn
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import create_transform, resolve_data_config
 from timm.utils import reparameterize_model
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..support.inference import load_model
-from ..support.scoring import ImageFolder, score
+from ..support.scoring import ImageFolder, Score, check_finite, check_same_classes, score
+from ..support.writing import check_writable, replacing
 
 __all__ = ['OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize']
 
@@ -83,15 +83,21 @@ def export_onnx(model: nn.Module, path) -> None:
 
 
 def largest_difference(model: nn.Module, path) -> float:
-    """The largest difference of an ONNX file's logits from the model's on random images, over the largest logit."""
+    """The largest difference of an ONNX file's logits from the model's on random images, over the largest logit.
+
+    Raises:
+        UserError: The model or the file gives outputs that aren't finite.
+    """
     onnx_model = OnnxModel(path, model.num_classes)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch_size in (1, 3):
         images = torch.randn(batch_size, *_input_size(model), generator=generator)
         with torch.inference_mode():
-            expected = model(images)
-        largest = max(largest, ((onnx_model(images) - expected).abs().max() / expected.abs().max()).item())
+            expected, actual = model(images), onnx_model(images)
+        check_finite(expected, 'the PyTorch model')
+        check_finite(actual, path)
+        largest = max(largest, ((actual - expected).abs().max() / expected.abs().max()).item())
     return largest
 
 
@@ -137,38 +143,34 @@ def quantize(source, target, images: Iterable[torch.Tensor]) -> None:
     )
 
 
-def _calibration_loader(data_dir: str, data_config: Dict[str, Any]) -> DataLoader:
-    """Batches (images, labels) of random training images, prepared as for scoring."""
-    for split in ('validation', 'train'):
-        root = Path(data_dir, split)
-        if not root.is_dir():
-            raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
-    try:
-        dataset = create_dataset(
-            '',
-            root=str(root),
-            split='train',
-            search_split=False,
-            input_img_mode='RGB' if data_config['input_size'][0] == 3 else 'L',
-            transform=create_transform(**data_config),
+def _images(data_dir: str, model: nn.Module, data_config: Dict[str, Any]) -> Tuple[Subset, ImageFolder]:
+    """Random training images to calibrate on, and those to score on, of the same classes as the model's."""
+    training = ImageFolder(
+        Path(data_dir, 'train'), data_config, model.num_classes, transform=create_transform(**data_config)
+    )
+    validation = ImageFolder(Path(data_dir, 'validation'), data_config, model.num_classes)
+    check_same_classes(validation, Path(data_dir, 'train'))
+    labels = model.pretrained_cfg.get('label_names')
+    if isinstance(labels, (list, tuple)) and list(labels) != validation.label_names:
+        mine, other = next(pair for pair in zip(validation.label_names, labels) if pair[0] != pair[1])
+        raise UserError(
+            f"{data_dir}: its classes are not the model's ({mine} instead of {other}), so labels would be mistaken; "
+            'rename the folders'
         )
-    except RuntimeError as error:
-        raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
-    return DataLoader(Subset(dataset, chosen.tolist()), batch_size=32)
+    chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
+    return Subset(training, chosen.tolist()), validation
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place if all goes well, and vanishes if not."""
-    temporary = path.with_name(f'.{os.getpid()}.{path.name}')
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f'{path}: could not be written ({error}); free some space or give another OUTPUT') from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write(model: nn.Module, path: Path, name: str) -> float:
+    """Export and compare. Returns the largest difference."""
+    export_onnx(model, path)
+    difference = largest_difference(model, path)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f'--model {name}: the exported network differs from the PyTorch model by {difference:.1e} of the '
+            f'largest output, and at most {TOLERANCE} is accepted, so the file was not kept'
+        )
+    return difference
 
 
 def main(args: argparse.Namespace) -> None:
@@ -180,36 +182,37 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f'{output}: expected a file name that ends in .onnx')
     if not output.parent.is_dir():
         raise UserError(f'{output.parent}: no such folder; create it, or give an OUTPUT elsewhere')
-    model = load_model(args.model).cpu()
+    quantized = output.with_suffix('.int8.onnx')
+    for path in (output, quantized) if args.int8 else (output,):
+        check_writable(path)
+    model = load_model(args.model)
     data_config = resolve_data_config({}, model=model)
     if args.int8:
-        calibration = _calibration_loader(args.int8, data_config)
+        calibration, validation = _images(args.int8, model, data_config)
 
-    with _replacing(output) as file:
-        export_onnx(model, file)
-        difference = largest_difference(model, file)
-        if not difference <= TOLERANCE:
-            raise UserError(
-                f'--model {args.model}: the exported network differs from the PyTorch model by {difference:.1e} of the '
-                f'largest output, and at most {TOLERANCE} is accepted, so the file was not kept'
-            )
+    with replacing(output) as file:
+        difference = _write(model, file, args.model)
     batch = ' x '.join(map(str, ('batch', *data_config['input_size'])))
     print(
         f'{output}: ONNX opset {OPSET}, images {batch}, {_size(output)}; its outputs in ONNX Runtime differ from '
         f'PyTorch by at most {difference:.1e} of the largest'
     )
+    if not args.int8:
+        return
 
-    if args.int8:
-        quantized = output.with_suffix('.int8.onnx')
-        with _replacing(quantized) as file, redirect_stdout(sys.stderr):
-            quantize(output, file, (images for images, _ in tqdm(calibration, desc='calibrating', unit='batch')))
-        images = ImageFolder(Path(args.int8, 'validation'), data_config, model.num_classes)
-        results = [score(OnnxModel(path, model.num_classes), images, data_config) for path in (output, quantized)]
-        for path, result in zip((output, quantized), results):
-            print(
-                f'{path}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images, '
-                f'{_size(path)}'
-            )
+    def accuracy(path: Path, kind: str) -> Score:
+        return score(OnnxModel(path, model.num_classes), validation, data_config, desc=f'scoring {kind}')
+
+    results = {output: accuracy(output, 'float32')}
+    with replacing(quantized) as file:
+        loader = DataLoader(calibration, batch_size=32)
+        with redirect_stdout(sys.stderr), tqdm(loader, desc='calibrating', unit='batch') as batches:
+            quantize(output, file, (images for images, _ in batches))
+        results[quantized] = accuracy(file, 'int8')
+    for path, result in results.items():
+        print(
+            f'{path}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images, {_size(path)}'
+        )
 
 
 def _is_missing(package: str) -> bool:

@@ -22,7 +22,7 @@ from timm.models import clean_state_dict, is_model
 
 from ..errors import UserError, reason
 from ..support.folder import check_replaceable, load_strictly, model_card, save_folder
-from ..support.scoring import ImageFolder, check_device, check_same_classes, score
+from ..support.scoring import ImageFolder, check_device, check_same_classes, score, try_image
 
 AUXILIARY = 'the auxiliary norms are left out, for they serve training alone'
 TAG = re.compile(r'[A-Za-z0-9_]{1,64}')
@@ -223,6 +223,7 @@ def _create_model(
             raise ValueError(f'it takes {channels} channels, and images have 1 or 3')
     except (ValueError, TypeError) as error:
         raise UserError(f'{source}: its network cannot be scored on images ({reason(error)})') from error
+    try_image(model.eval(), data_config, source)
     return model, data_config
 
 

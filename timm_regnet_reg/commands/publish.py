@@ -1,22 +1,20 @@
 """Upload a packaged folder to the Hugging Face Hub.
 
-All files go in one commit and are read back to compare. Nothing is sent before the folder passes every check. If
-anything fails after that, the Hub is put back as it was.
+Nothing is sent before the folder passes every check. All files go in one commit, which goes through as a whole or not
+at all; afterwards the Hub's own hashes of them are compared. Nothing on the Hub is ever deleted.
 The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN), and so is the server (HF_ENDPOINT).
 """
 
 import argparse
 import hashlib
-import sys
-import tempfile
 from pathlib import Path
-from typing import Dict, Optional
+from typing import List, Optional
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..pretrained import file_sha256
 from ..support.folder import FILES, Folder, check_folder
 
@@ -29,7 +27,7 @@ _REMEDY = (
 
 
 def publish(folder: Folder, repo_id: str, private: bool = False, create_pr: bool = False) -> CommitInfo:
-    """Uploads a checked folder in one commit (or one pull request) and compares what the Hub then serves.
+    """Uploads a checked folder in one commit (or one pull request) and compares the Hub's hashes with the files.
 
     Args:
         folder: What `check_folder` returned.
@@ -43,8 +41,9 @@ def publish(folder: Folder, repo_id: str, private: bool = False, create_pr: bool
     api = HfApi()
     url = f'{api.endpoint}/{repo_id}'
     try:
-        head, created = _open_repo(api, repo_id, private, create_pr)
-        restore = [] if created or create_pr else _remember(api, repo_id, head)
+        info = _find_repo(api, repo_id, private, create_pr)
+        if info is None:
+            api.create_repo(repo_id, private=private)
     except UserError:
         raise
     except Exception as error:
@@ -52,41 +51,38 @@ def publish(folder: Folder, repo_id: str, private: bool = False, create_pr: bool
             f'{repo_id}: nothing was sent, for the Hub at {api.endpoint} refused or did not answer ({_short(error)}). '
             f'{_REMEDY}'
         ) from error
-
-    commit = None
     try:
-        hashes = {name: file_sha256(folder.path / name) for name in FILES}
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, folder.path / name) for name in FILES],
             commit_message=f'Publish {folder.card.data.model_name}',
             create_pr=create_pr,
-            parent_commit=head,  # a commit of somebody else in between makes ours fail instead of mixing with it
+            # a commit of somebody else in between makes ours fail instead of mixing with it
+            parent_commit=info.sha if info else None,
         )
-        _compare(api, repo_id, commit.oid, hashes)
-    except BaseException as error:  # an interrupted upload leaves no traces either
-        try:
-            outcome = _undo(api, repo_id, head, created, restore, commit)
-            if create_pr and commit is None:
-                outcome += f' Should {url}/discussions show a pull request all the same, its answer was lost: close it.'
-        except Exception as undo_error:
-            outcome = (
-                f'The Hub could not be put back as it was ({_short(undo_error)}). Look at {url}/commits/main and '
-                f'{url}/discussions: before, '
-                + (f'there was no such repository; delete it at {url}/settings.' if created else f'it was at {head}.')
-            )
-        if not isinstance(error, Exception):
-            print(outcome, file=sys.stderr)
-            raise
+    except Exception as error:
         raise UserError(
-            f'{repo_id}: {"publishing" if commit is None else "reading back"} failed ({_short(error)}). {outcome} '
-            f'{_REMEDY}'
+            f'{repo_id}: publishing failed ({_short(error)}). It is one commit, so all of it arrived or nothing: see '
+            f'{url}/{"discussions" if create_pr else "commits/main"}.'
+            f'{"" if info else " The repository was created, and stays."} {_REMEDY}'
         ) from error
+    try:
+        wrong = _differing(api, repo_id, commit.oid, folder.path)
+    except Exception as error:
+        raise UserError(
+            f'{repo_id}: is published, {commit.pr_url or commit.commit_url}, but could not be compared '
+            f'({_short(error)}). {_REMEDY} It sends only what differs, and compares.'
+        ) from error
+    if wrong:
+        raise UserError(
+            f'{repo_id}: is published, {commit.pr_url or commit.commit_url}, but on the Hub other hashes stand beside '
+            f'{", ".join(wrong)} than those of the files in {folder.path}; run the same command again'
+        )
     return commit
 
 
-def _open_repo(api: HfApi, repo_id: str, private: bool, create_pr: bool):
-    """The commit at the head of the repository, which is created if need be, and whether it was."""
+def _find_repo(api: HfApi, repo_id: str, private: bool, create_pr: bool) -> Optional[ModelInfo]:
+    """The repository as it is, None if it is to be created; a UserError if the flags don't fit it."""
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
@@ -95,69 +91,47 @@ def _open_repo(api: HfApi, repo_id: str, private: bool, create_pr: bool):
                 f'{repo_id}: no such repository on {api.endpoint} (or not visible to this token), so there is nothing '
                 'to open a pull request on; leave --create-pr out to create it'
             )
-    else:
-        if private and not info.private:
-            raise UserError(f'{repo_id}: exists and is public; make it private in its settings or leave --private out')
-        return info.sha, False
-    api.create_repo(repo_id, private=private)
-    try:
-        return api.model_info(repo_id).sha, True
-    except BaseException:
-        api.delete_repo(repo_id)
-        raise
+        return None
+    if private and not info.private:
+        raise UserError(f'{repo_id}: exists and is public; make it private in its settings or leave --private out')
+    return info
 
 
-def _compare(api: HfApi, repo_id: str, revision: str, hashes: Dict[str, str]) -> None:
-    with tempfile.TemporaryDirectory() as cache:  # not the user's cache, which could answer in the Hub's place
-        for name, sha256 in hashes.items():
-            found = file_sha256(api.hf_hub_download(repo_id, name, revision=revision, cache_dir=cache))
-            if found != sha256:
-                raise UserError(f'{name} came back with SHA-256 {found}, {sha256} was sent')
+def _differing(api: HfApi, repo_id: str, revision: str, folder: Path) -> List[str]:
+    """The files whose hash on the Hub isn't that of the file in the folder."""
+    there = {entry.path: entry for entry in api.get_paths_info(repo_id, list(FILES), revision=revision)}
 
+    def is_same(name: str) -> bool:
+        if name not in there:
+            return False
+        if there[name].lfs:
+            return there[name].lfs.sha256 == file_sha256(folder / name)
+        data = (folder / name).read_bytes()
+        return there[name].blob_id == hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()  # git's name of it
 
-def _remember(api: HfApi, repo_id: str, head: str) -> list:
-    """The operations that would bring back the files which are about to be replaced."""
-    before = {entry.path: entry for entry in api.get_paths_info(repo_id, list(FILES), revision=head)}
-    restore = []
-    for name in FILES:
-        if name not in before:
-            restore.append(CommitOperationDelete(name))
-        elif before[name].lfs:
-            restore.append(CommitOperationCopy(name, name, src_revision=head))
-        else:  # a copy would fetch the content at the very time when something is amiss
-            with tempfile.TemporaryDirectory() as cache:
-                data = Path(api.hf_hub_download(repo_id, name, revision=head, cache_dir=cache)).read_bytes()
-            if hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest() != before[name].blob_id:
-                raise OSError(f'{name} arrived damaged')
-            restore.append(CommitOperationAdd(name, data))
-    return restore
-
-
-def _undo(api: HfApi, repo_id: str, head: str, created: bool, restore: list, commit: Optional[CommitInfo]) -> str:
-    """Puts the Hub back as it was before this run, and says so."""
-    if commit is not None and commit.pr_num is not None:
-        api.change_discussion_status(repo_id, commit.pr_num, 'closed')
-        return f'Pull request {commit.pr_num} is closed again: the repository is as it was.'
-    now = api.model_info(repo_id).sha
-    if now != head and (commit is None or now != commit.oid):
-        return (
-            f'Meanwhile the repository moved from commit {head} to {now}: somebody else published, or the answer to '
-            'this commit was lost. Running the command again tells: it sends only what differs, and compares.'
-        )
-    if created:
-        api.delete_repo(repo_id)
-        return 'The repository that this run had created is deleted again: the Hub is as it was.'
-    if now == head:
-        return f'The repository is as it was, at commit {head}.'
-    api.create_commit(repo_id, restore, commit_message=f'Undo {commit.oid}', parent_commit=commit.oid)
-    return f'A second commit restored the files of commit {head}: the repository is as it was.'
+    return [name for name in FILES if not is_same(name)]
 
 
 def _short(error: BaseException) -> str:
     """The error and its cause in one line; the client's own messages run over many."""
-    text = ' '.join(str(error).split()) or type(error).__name__
+    text = ' '.join(reason(error).split())
     cause = error.__cause__
     return f'{text} {_short(cause)}' if isinstance(error, RuntimeError) and cause is not None else text
+
+
+def _target(repo_id: str, private: bool, create_pr: bool) -> str:
+    """Where the files would go, in words; the Hub is asked, but for nothing but what is there."""
+    api = HfApi()
+    try:
+        info = _find_repo(api, repo_id, private, create_pr)
+    except UserError:
+        raise
+    except Exception as error:
+        state = f'{api.endpoint} could not be asked whether it exists ({_short(error)})'
+    else:
+        kind = 'private' if (info.private if info else private) else 'public'
+        state = f'exists, {kind}, at commit {info.sha}' if info else f'would be created, {kind}'
+    return f'{repo_id}, {"a new pull request" if create_pr else "revision main"}: {state}'
 
 
 def main(args: argparse.Namespace) -> None:
@@ -169,9 +143,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f'--repo-id {args.repo_id}: has no owner; expected OWNER/NAME, such as you/{args.repo_id}')
     folder = check_folder(args.folder)
     if args.dry_run:
+        print(_target(args.repo_id, args.private, args.create_pr))
         for name in FILES:
             print(f'{name:20} {(folder.path / name).stat().st_size:>12,} bytes  {file_sha256(folder.path / name)}')
         print(f'\n{folder.card}')
         return
     commit = publish(folder, args.repo_id, args.private, args.create_pr)
-    print(f'{args.repo_id}: {commit.pr_url or commit.commit_url}, read back and compared')
+    print(f'{args.repo_id}: {commit.pr_url or commit.commit_url}, the hashes on the Hub are those of the files')

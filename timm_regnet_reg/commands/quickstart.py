@@ -19,14 +19,13 @@ from PIL import Image
 from timm.data import create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
 from ..arguments import DEFAULT_MODEL
 from ..errors import UserError
-from ..support.folder import model_card, save_folder
+from ..support.folder import check_replaceable, model_card, save_folder
 from ..support.inference import load_model, predict, prediction_lines
-from ..support.scoring import Score
+from ..support.scoring import score_loader
 
 __all__ = ['Digits', 'quickstart']
 
@@ -79,20 +78,7 @@ def _load_samples() -> Tuple[Image.Image, Digits, Digits]:
     return photograph, Digits(images[train], labels[train]), Digits(images[held_out], labels[held_out])
 
 
-def _score(model: nn.Module, loader) -> Score:
-    device = next(model.parameters()).device
-    top1, top5 = AverageMeter(), AverageMeter()
-    model.eval()
-    with torch.inference_mode():
-        for images, labels in loader:
-            acc1, acc5 = accuracy(model(images.to(device)), labels.to(device), topk=(1, 5))
-            top1.update(acc1.item(), len(images))
-            top5.update(acc5.item(), len(images))
-    return Score(round(top1.avg, 3), round(top5.avg, 3), top1.count, Digits.label_names)
-
-
 def _fine_tune(model: nn.Module, loader, epochs: int) -> None:
-    device = next(model.parameters()).device
     optimizer = create_optimizer_v2(model, opt='adamw', lr=LEARNING_RATE, weight_decay=0.05)
     scheduler, epochs = create_scheduler_v2(
         optimizer,
@@ -106,7 +92,7 @@ def _fine_tune(model: nn.Module, loader, epochs: int) -> None:
     with tqdm(total=epochs * len(loader), desc='fine-tuning', unit='batch') as progress:
         for _ in range(epochs):
             for images, labels in loader:
-                loss = nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
+                loss = nn.functional.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -117,8 +103,8 @@ def _fine_tune(model: nn.Module, loader, epochs: int) -> None:
 
 
 def _logits(model: nn.Module, loader) -> torch.Tensor:
-    """The outputs (number of images, 10) on the CPU, where the same input and weights give the same bits."""
-    model.cpu().eval()
+    """The outputs (number of images, 10); the same input and weights give the same bits on the CPU."""
+    model.eval()
     with torch.inference_mode():
         return torch.cat([model(images) for images, _ in loader])
 
@@ -159,11 +145,11 @@ def quickstart(
     model = load_model(model_name)
     architecture = model.pretrained_cfg['architecture']
     data_config = resolve_data_config(model=model)
-    device = next(model.parameters()).device
+    name = f'{architecture}.{TAG}'
+    check_replaceable(Path(output, name))
     say(
         f'Load {architecture}, a ResNet-20 regulated by a ConvLSTM, trained on CIFAR-10',
-        f'{sum(p.numel() for p in model.parameters()):,} parameters, on {device.type}. The weights came with the '
-        'package.',
+        f'{sum(p.numel() for p in model.parameters()):,} parameters. The weights came with the package.',
     )
 
     say(
@@ -176,7 +162,6 @@ def quickstart(
 
     torch.manual_seed(SEED)
     model.reset_classifier(len(Digits.label_names))
-    model.to(device)
     common = dict(
         input_size=data_config['input_size'],
         batch_size=BATCH_SIZE,
@@ -186,7 +171,7 @@ def quickstart(
         num_workers=0,  # these images are prepared faster than worker processes start
         persistent_workers=False,
         use_prefetcher=False,
-        device=device,
+        device=torch.device('cpu'),
     )
     # moved and scaled a little, but never mirrored: a mirrored digit is no digit
     train_loader = create_loader(
@@ -198,15 +183,14 @@ def quickstart(
         "A new classifier for ten digits replaces the old one, then all weights train with timm's loader, AdamW",
         f'and cosine schedule: {epochs} {"epoch" if epochs == 1 else "epochs"} of {len(train_loader)} batches.',
     )
-    before = _score(model, held_out)
+    before = score_loader(model, held_out, Digits.label_names, desc='scoring before')
     _fine_tune(model, train_loader, epochs)
-    after = _score(model, held_out)
+    after = score_loader(model, held_out, Digits.label_names, desc='scoring after')
     print(
         f'Accuracy on {after.images} held-out digits: {before.top1:.1f} % before, {after.top1:.1f} % after.\n'
         'Before, the new classifier knew nothing: about 10 % is chance.'
     )
 
-    name = f'{architecture}.{TAG}'
     expected = _logits(model, held_out)
     license = model.pretrained_cfg.get('license') or 'unknown'
     # what the config says of the CIFAR-10 weights isn't true of these

@@ -1,24 +1,26 @@
 """The folder of a packaged network, byte for byte the repository of the Hub that it can become."""
 
 import json
+import math
 import os
 import platform
+import reprlib
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Tuple
 
 import safetensors.torch
 import timm
 import torch
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError
+from timm.data import resolve_data_config
 from timm.models import is_model, save_for_hf
 
 from .. import __version__
-from ..errors import UserError
-from ..pretrained import file_sha256
-from .scoring import Score
+from ..errors import UserError, reason
+from ..pretrained import check_weights, file_sha256
+from .scoring import Score, try_image
 from .writing import check_writable, replacing
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
 
 CONFIG, WEIGHTS, CARD = FILES = ('config.json', 'model.safetensors', 'README.md')
 TOP1, TOP5 = 'Top-1 accuracy', 'Top-5 accuracy'
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+CROP_MODES = ('center', 'squash', 'border')
 PICKLES = ('.bin', '.pth', '.pt', '.pkl', '.pickle', '.ckpt', '.tar', '.npy', '.npz')
 
 
@@ -48,32 +52,10 @@ class Folder(NamedTuple):
 
 def load_strictly(model: torch.nn.Module, state_dict: Dict[str, torch.Tensor], source) -> None:
     """Loads weights that must fit exactly and be finite; `source` is the file to name in a UserError."""
-    own = model.state_dict()
-    other = 'give the model, and its arguments, that these weights were trained with'
-    for keys, problem, remedy in (
-        ([k for k in own if k not in state_dict], 'missing', other),
-        ([k for k in state_dict if k not in own], 'unexpected', other),
-        (
-            [
-                f'{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}'
-                for k, v in state_dict.items()
-                if k in own and v.shape != own[k].shape
-            ],
-            'of another shape',
-            other,
-        ),
-        (
-            [k for k, v in state_dict.items() if not torch.isfinite(v).all()],
-            'not finite (NaN or infinite)',
-            'take a checkpoint from before the training diverged',
-        ),
-    ):
-        if keys:
-            more = f' and {len(keys) - 3} more' if len(keys) > 3 else ''
-            raise UserError(
-                f'{source}: not the weights of {model.pretrained_cfg["architecture"]}, {len(keys)} of them {problem}: '
-                f'{", ".join(keys[:3])}{more}; {remedy}'
-            )
+    try:
+        check_weights(state_dict, model)
+    except UserError as error:
+        raise UserError(f'{source}: not the weights of {model.pretrained_cfg["architecture"]}. {error}') from error
     model.load_state_dict(state_dict)
 
 
@@ -252,42 +234,116 @@ def check_folder(folder) -> Folder:
         raise UserError(f'{folder}: {", ".join(wrong)}; a folder holds exactly {", ".join(FILES)}')
 
     again = 'run `package` again, or restore the file'
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-        architecture, sha256 = config['architecture'], config['sha256']
-        labels, classes = config['label_names'], config['num_classes']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{folder / CONFIG}: is not a config that `package` wrote ({error!r}); {again}') from error
+    config = _read_config(folder / CONFIG)
+    architecture = config['architecture']
     if not is_model(architecture):
         raise UserError(
             f'{folder / CONFIG}: names the architecture {architecture!r}, which is not registered in timm; '
             'install the package that has it, or correct the name'
         )
-    if len(labels) != classes:
-        raise UserError(f'{folder / CONFIG}: names {len(labels)} labels for {classes} classes; {again}')
     found = file_sha256(folder / WEIGHTS)
-    if found != sha256:
+    if found != config['sha256']:
         raise UserError(
             f'{folder / WEIGHTS}: is truncated, damaged or of another model: its SHA-256 is {found}, {CONFIG} says '
-            f'{sha256}; {again}'
+            f'{config["sha256"]}; {again}'
         )
     try:
         model = timm.create_model(f'local-dir:{folder}').eval()
     except Exception as error:  # whatever the architecture's constructor makes of wrong arguments
-        raise UserError(f'{folder / CONFIG}: {architecture} cannot be built from it ({error}); {again}') from error
+        raise UserError(
+            f'{folder / CONFIG}: {architecture} cannot be built from it ({reason(error)}); {again}'
+        ) from error
+    check_classifier(model, folder / CONFIG)
     try:
         state_dict = safetensors.torch.load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise UserError(f'{folder / WEIGHTS}: is not a safetensors file ({error}); {again}') from error
+        raise UserError(f'{folder / WEIGHTS}: is not a safetensors file ({reason(error)}); {again}') from error
     load_strictly(model, state_dict, folder / WEIGHTS)
+    _check_use(folder, model)
     return Folder(folder, config, _read_card(folder / CARD), model)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_numbers(value: Any, valid: Callable[[float], bool] = lambda number: True) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and valid(v) for v in value
+    )
+
+
+# What timm reads in a config: where it stands, what it must be, and that in words. Lengths are compared afterwards.
+_VALUES: Tuple[Tuple[str, Callable[[Any], bool], str], ...] = (
+    ('architecture', lambda v: isinstance(v, str), 'the name of a model in timm'),
+    ('sha256', lambda v: isinstance(v, str), f'the SHA-256 of {WEIGHTS}'),
+    ('num_classes', _is_count, 'a whole number from 1 on'),
+    ('label_names', lambda v: isinstance(v, list) and all(isinstance(n, str) and n for n in v), 'a list of names'),
+    ('pretrained_cfg', lambda v: isinstance(v, dict), 'a mapping'),
+    (
+        'pretrained_cfg.input_size',
+        lambda v: isinstance(v, list) and len(v) == 3 and all(map(_is_count, v)) and v[0] in (1, 3),
+        'channels (1 or 3), height and width, whole numbers from 1 on',
+    ),
+    ('pretrained_cfg.interpolation', lambda v: v in INTERPOLATIONS, f'one of {", ".join(INTERPOLATIONS)}'),
+    ('pretrained_cfg.crop_pct', lambda v: _are_numbers([v], lambda number: number > 0), 'a number above 0'),
+    ('pretrained_cfg.crop_mode', lambda v: v in CROP_MODES, f'one of {", ".join(CROP_MODES)}'),
+    ('pretrained_cfg.mean', _are_numbers, 'a list of numbers, one for each channel or for all'),
+    (
+        'pretrained_cfg.std',
+        lambda v: _are_numbers(v, lambda number: number > 0),
+        'a list of numbers above 0, one for each channel or for all',
+    ),
+)
+
+
+def _read_config(path: Path) -> Dict[str, Any]:
+    """A config whose values can be what timm expects."""
+    again = 'run `package` again, or correct it'
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(config, dict):
+            raise ValueError(f'it holds a {type(config).__name__}')
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path}: is not a config that `package` wrote ({reason(error)}); {again}') from error
+
+    def refuse(key: str, value: Any, expected: str) -> NoReturn:
+        raise UserError(f'{path}: {key} is {reprlib.repr(value)}, expected {expected}; {again}')
+
+    for key, is_valid, expected in _VALUES:
+        value: Any = config
+        for part in key.split('.'):
+            if part not in value:
+                raise UserError(f'{path}: {key} is missing, expected {expected}; {again}')
+            value = value[part]
+        if not is_valid(value):
+            refuse(key, value, expected)
+    if not isinstance(config.get('model_args', {}), dict):
+        refuse('model_args', config['model_args'], 'a mapping')
+    if not isinstance(config.get('label_descriptions', {}), dict):
+        refuse('label_descriptions', config['label_descriptions'], 'a mapping of label names to text')
+    cfg = config['pretrained_cfg']
+    for key in ('mean', 'std'):
+        if len(cfg[key]) not in (1, cfg['input_size'][0]):
+            refuse(f'pretrained_cfg.{key}', cfg[key], f'1 or {cfg["input_size"][0]} numbers, as there are channels')
+    return config
+
+
+def _check_use(folder: Path, model: torch.nn.Module) -> None:
+    """Classifies an image as anybody would who loads the folder, and compares with the weights that are in it."""
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    expected, logits = (try_image(m, resolve_data_config(model=m), folder / CONFIG) for m in (model, loaded))
+    if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):
+        raise UserError(
+            f'{folder}: timm loads another network from it than its weights are; run `package` again, with this timm'
+        )
 
 
 def _read_card(path: Path) -> ModelCard:
     try:
         card = ModelCard.load(path)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f'{path}: its front matter cannot be read ({error}); run `package` again') from error
+    except Exception as error:  # the client stumbles in many ways over front matter that it doesn't expect
+        raise UserError(f'{path}: its front matter cannot be read ({reason(error)}); run `package` again') from error
     missing = [] if card.data.license else ['license']
     if TOP1 not in [result.metric_name for result in card.data.eval_results or []]:
         missing.append(f'model-index with "{TOP1}"')

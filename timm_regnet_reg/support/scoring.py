@@ -5,14 +5,25 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_loader
+from timm.data import ImageDataset, create_loader, create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils import AverageMeter, accuracy
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import UserError, reason
 
-__all__ = ['ImageFolder', 'Score', 'check_device', 'check_same_classes', 'score']
+__all__ = [
+    'ImageFolder',
+    'Score',
+    'check_device',
+    'check_finite',
+    'check_same_classes',
+    'convert',
+    'score',
+    'score_loader',
+    'try_image',
+]
 
 
 class Score(NamedTuple):
@@ -41,6 +52,28 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+def check_finite(logits: torch.Tensor, source) -> None:
+    """Raises a UserError, which names `source`, if logits aren't all finite."""
+    if not logits.isfinite().all():
+        raise UserError(
+            f'{source}: the network gives outputs that are not finite (NaN or infinite); take weights from before the '
+            'training diverged'
+        )
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """An image in mode 'L' or 'RGB', with grey of 16 bits scaled, which Pillow clips and thereby turns white.
+
+    Raises:
+        ValueError: The range of its values isn't known.
+    """
+    if image.mode.startswith('I;16'):
+        image = image.convert('I').point(lambda value: value * (1 / 257) + 0.5).convert('L')
+    elif image.mode in ('I', 'F'):
+        raise ValueError('it has 32 bits a pixel, and what is white is not known; save it with 8 or 16')
+    return image.convert(mode)
+
+
 class ImageFolder(ImageDataset):
     """timm's images of `{root}/<class>/<image>`, but one that can't be read is an error, not replaced by the next.
 
@@ -56,9 +89,8 @@ class ImageFolder(ImageDataset):
     def __init__(self, root, data_config: Dict[str, Any], num_classes: int, transform=None) -> None:
         if not os.path.isdir(root):
             raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
-        mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
         try:
-            super().__init__(str(root), input_img_mode=mode, transform=transform)
+            super().__init__(str(root), input_img_mode=_mode(data_config), transform=transform)
         except RuntimeError as error:
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
         self.label_names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
@@ -80,7 +112,7 @@ class ImageFolder(ImageDataset):
         try:
             file, label = self.reader[index]
             with file, Image.open(file) as image:
-                image = image.convert(self.input_img_mode)
+                image = convert(image, self.input_img_mode)
         except Exception as error:  # decoders raise whatever they stumble over in a damaged file
             name = self.filename(index, absolute=True)
             raise UserError(
@@ -110,6 +142,31 @@ def check_same_classes(images: ImageFolder, training_root) -> None:
         )
 
 
+def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> torch.Tensor:
+    """Logits (1, num_classes) of one image, made up and prepared for the model, on the CPU and in evaluation mode.
+
+    Raises:
+        UserError: It can't be prepared or classified, or the logits aren't finite. `source` is the file to name.
+    """
+    try:
+        image = Image.linear_gradient('L').convert(_mode(data_config))
+        with torch.inference_mode():
+            logits = model(create_transform(**data_config)(image)[None])
+        if logits.shape != (1, model.num_classes):
+            raise ValueError(f'its outputs are of shape {tuple(logits.shape)}')
+    except Exception as error:  # transforms and networks raise whatever they stumble over
+        raise UserError(
+            f'{source}: an image cannot be prepared and classified as it says ({reason(error)}), with {data_config}; '
+            'correct that, or get it again'
+        ) from error
+    check_finite(logits, source)
+    return logits
+
+
+def _mode(data_config: Dict[str, Any]) -> str:
+    return 'L' if data_config['input_size'][0] == 1 else 'RGB'
+
+
 def score(
     model: torch.nn.Module,
     images: ImageFolder,
@@ -132,22 +189,30 @@ def score(
     loader = create_loader(
         images, **data_config, batch_size=batch_size, num_workers=workers, use_prefetcher=False, device=device
     )
+    return score_loader(model, loader, images.label_names, device, desc)
+
+
+def score_loader(
+    model: torch.nn.Module,
+    loader: DataLoader,
+    label_names: List[str],
+    device: torch.device = torch.device('cpu'),
+    desc: str = 'scoring',
+) -> Score:
+    """As `score`, on the batches (images, labels) of a loader."""
     top1, top5 = AverageMeter(), AverageMeter()
     model.to(device).eval()
     try:
-        with torch.inference_mode():
-            for batch, labels in tqdm(loader, desc=desc, unit='batch'):
+        # closed in any case, so that an error starts on a line of its own
+        with torch.inference_mode(), tqdm(loader, desc=desc, unit='batch') as batches:
+            for batch, labels in batches:
                 logits = model(batch.to(device))
-                if logits.shape != (len(batch), len(images.label_names)):
+                if logits.shape != (len(batch), len(label_names)):
                     raise UserError(
-                        f'{images.reader.root}: the network gives {tuple(logits.shape[1:])} outputs an image for '
-                        f'{len(images.label_names)} classes; give the data that it was trained on'
+                        f'{desc}: the network gives {tuple(logits.shape[1:])} outputs an image for {len(label_names)} '
+                        'classes; give the data that it was trained on'
                     )
-                if not logits.isfinite().all():
-                    raise UserError(
-                        f'{images.reader.root}: the network gives outputs that are not finite (NaN or infinite), so it '
-                        'has no accuracy; take weights from before the training diverged'
-                    )
+                check_finite(logits, desc)
                 acc1, acc5 = accuracy(logits, labels.to(device), topk=(1, 5))
                 top1.update(acc1.item(), len(batch))
                 top5.update(acc5.item(), len(batch))
@@ -155,4 +220,4 @@ def score(
         # one of a worker process arrives with its traceback for a message
         raise UserError(str(error).rpartition(f'{UserError.__name__}: ')[2].strip()) from error
     model.cpu()
-    return Score(round(top1.avg, 3), round(top5.avg, 3), top1.count, images.label_names)
+    return Score(round(top1.avg, 3), round(top5.avg, 3), top1.count, label_names)

@@ -1,0 +1,181 @@
+"""Networks with arguments of their own, and those that `regulate` gives, saved by timm and loaded by it again."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn as nn
+from test_equations import enliven
+from timm.models import push_to_hf_hub, save_for_hf
+
+import timm_regnet_reg
+from timm_regnet_reg import pretrained, regulate
+
+TINY = dict(layers=(2, 1, 1, 2), channels=(16, 32, 48, 64))
+
+
+def images(channels=3):
+    return torch.randn(2, channels, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def save(model, folder):
+    save_for_hf(model, str(folder), safe_serialization=True)
+    return f'local-dir:{folder}'
+
+
+def load(source, **kwargs):
+    return timm.create_model(source, pretrained=True, **kwargs).eval()
+
+
+def kept(folder, name, regulate_kwargs, **kwargs):
+    """A network that is nowhere at its start any more, saved: (network, its name for timm)."""
+    model = timm.create_model(name, **kwargs)
+    if regulate_kwargs is not None:
+        model = regulate(model, **regulate_kwargs)
+    model = enliven(model)
+    return model, save(model, folder)
+
+
+@pytest.mark.parametrize(
+    'name, regulate_kwargs, kwargs',
+    [
+        ('ecaresnet50t', {}, TINY),
+        ('ecaresnet50t.a1_in1k', dict(cell='convgru', stages=(2,)), TINY),
+        ('resnet50d', dict(stages=[3, 1]), dict(TINY, output_stride=16, in_chans=2, num_classes=5)),
+        ('resnetrs50', dict(cell='convrnn'), dict(TINY, drop_path_rate=0.2, drop_block_rate=0.1, global_pool='max')),
+        ('resnet34', {}, dict(TINY, block_args=dict(attn_layer='eca'), num_classes=0)),
+        ('resnetblur18', dict(stages=()), TINY),
+        ('wide_resnet50_2', {}, TINY),
+        ('cifar_resnet20', {}, dict(shortcut='pad')),
+        ('cifar_seresnet20', dict(stages=(1, 3)), dict(output_stride=2)),
+        ('regnet_reg_resnet50_convgru', dict(cell='convrnn'), dict(TINY, regulated_stages=(), shortcut='none')),
+        ('regnet_reg', dict(stages=(4,)), dict(TINY, backbone='resnet50t', regulated_stages=())),
+        # without regulate
+        ('regnet_reg', None, dict(TINY, backbone='resnext50_32x4d', cell='convrnn', regulated_stages=(2, 4))),
+        ('regnet_reg_resnet50_convlstm', None, dict(TINY, regulated_stages=(1,), act_layer='silu')),
+        ('regnet_reg_resnet20_convgru', None, dict(shortcut='pad', output_stride=4)),
+    ],
+    ids=str,
+)
+def test_saved_network_comes_back(tmp_path, name, regulate_kwargs, kwargs):
+    model, saved = kept(tmp_path / 'saved', name, regulate_kwargs, **kwargs)
+    x = images(model.in_chans)
+    with torch.no_grad():
+        loaded = load(saved)
+        assert type(loaded) is type(model) and list(loaded.state_dict()) == list(model.state_dict())
+        assert torch.equal(loaded(x), model(x)) and loaded(x).abs().max() > 1e-3
+        assert torch.equal(load(saved, num_classes=7).forward_features(x), model.forward_features(x))
+        intermediates = model.forward_intermediates(x, intermediates_only=True)
+        assert all(map(torch.equal, load(saved, features_only=True)(x), intermediates))
+        for in_chans in {1, 3} - {model.in_chans}:
+            grey = load(saved, in_chans=in_chans, num_classes=7)
+            assert grey(images(in_chans)).shape == (2, 7)
+            assert torch.equal(grey.layer2[0].conv1.weight, model.layer2[0].conv1.weight)
+    assert load(saved, drop_path_rate=0.1).train()(x).requires_grad
+    assert torch.equal(load(save(loaded, tmp_path / 'again'))(x), model(x))
+
+
+FRESH = """
+import sys, timm, timm_regnet_reg, safetensors.torch
+images, *outputs = safetensors.torch.load_file(sys.argv[1]).values()
+for source, expected in zip(sys.argv[2:], outputs):
+    model = timm.create_model(source, pretrained=True).eval()
+    assert (model(images) == expected).all(), source
+"""
+
+
+def test_published_network_comes_back_in_a_fresh_process(hub, tmp_path):
+    model, saved = kept(tmp_path / 'saved', 'ecaresnet50t', dict(stages=(2,)), **TINY)
+    plain = regulate(enliven(timm.create_model('cifar_resnet20')))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # huggingface_hub's about its own arguments
+        push_to_hf_hub(plain, 'owner/regulated', safe_serialization=True)
+    with torch.no_grad():
+        outputs = {'1': model(images()), '2': plain(images())}
+    safetensors.torch.save_file({'0': images(), **outputs}, tmp_path / 'images')
+    run = subprocess.run(
+        [sys.executable, '-c', FRESH, tmp_path / 'images', saved, 'hf-hub:owner/regulated'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(Path(timm_regnet_reg.__file__).parents[1]), **hub.env(tmp_path / 'home')},
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def surgery(model):
+    model.layer2[0].bn1.eps = 1e-3
+
+
+@pytest.mark.parametrize(
+    'make, change',
+    [
+        (lambda: timm.models.resnet50d(**TINY), lambda model: None),  # timm records what create_model is given
+        (lambda: timm.create_model('resnet50d', **TINY), surgery),
+        (lambda: timm.create_model('resnet50d', **TINY), lambda model: model.pretrained_cfg.update(architecture='no')),
+    ],
+    ids=['made by the entrypoint', 'changed by hand', 'of no known architecture'],
+)
+def test_network_that_timm_cannot_make_again_is_regulated_but_not_saved(tmp_path, make, change):
+    model = make()
+    change(model)
+    with pytest.warns(UserWarning, match='create_model.*model_args=dict'):
+        regulated = enliven(regulate(model))
+    with pytest.raises(ValueError, match="'backbone' .* model_args"):
+        save(regulated, tmp_path)
+    if change is not surgery:
+        save_for_hf(regulated, tmp_path, model_args=dict(backbone='resnet50d', **TINY))
+        with torch.no_grad():
+            assert torch.equal(load(f'local-dir:{tmp_path}')(images()), regulated(images()))
+
+
+def test_network_that_timm_makes_again_is_regulated_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for change in (lambda model: model, nn.SyncBatchNorm.convert_sync_batchnorm):
+            regulate(change(timm.create_model('resnet50d', drop_path_rate=0.1, num_classes=3, device='meta')))
+
+
+@pytest.mark.parametrize('name', ['regnet_reg_resnet20_convlstm', 'regnet_reg'])
+def test_packaged_weights_bring_their_arguments(tmp_path, monkeypatch, name):
+    """As a folder of the project's own, which the registry reads."""
+    if name == 'regnet_reg':
+        model, _ = kept(tmp_path / f'{name}.tag', 'cifar_resnet20', dict(stages=(1,)), shortcut='pad')
+    else:
+        model, _ = kept(tmp_path / f'{name}.tag', name, None, regulated_stages=(1,), shortcut='pad')
+    monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', tmp_path)
+    cfg = pretrained.trained_cfgs()[f'{name}.tag']
+    loaded = load(name, pretrained_cfg=cfg)
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), model(images()))
+        assert torch.equal(load(save(loaded, tmp_path / 'again'))(images()), model(images()))
+        features = load(name, pretrained_cfg=cfg, features_only=True)(images())
+        assert torch.equal(features[-1], model.forward_features(images()))
+    with pytest.raises(RuntimeError, match='missing: layer2.0.regulator_bn.weight'):  # the caller's come first
+        load(name, pretrained_cfg=cfg, regulated_stages=(2,))
+    assert json.loads((tmp_path / 'again/config.json').read_text())['model_args']['regulated_stages'] == [1]
+
+
+@pytest.mark.parametrize('shortcut', ['conv', 'none'])
+def test_init_weights_starts_everything_again(shortcut):
+    torch.manual_seed(0)
+    model = timm.create_model('regnet_reg_resnet20_convlstm', shortcut=shortcut)
+    start = {key: value.detach().clone() for key, value in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    model.init_weights()
+    last = dict(model.named_parameters())['layer1.0.bn2.weight']
+    assert last.any() if shortcut == 'none' else not last.any()
+    for key, value in model.state_dict().items():
+        if value.ndim == 4:  # a kernel: as large as at the start, and another one
+            assert value.std().item() == pytest.approx(start[key].std().item(), rel=0.5), key
+            assert abs(value.mean()) < 0.2 and not torch.equal(value, start[key]), key
+        if key.endswith('regulator.bias'):
+            assert not value.any(), key

@@ -1,0 +1,260 @@
+"""`similarity` against the papers' formulas written plainly in float64, and what it prints, writes and refuses."""
+
+import csv
+import itertools
+import random
+import sys
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from conftest import MODEL
+from PIL import Image
+
+from timm_regnet_reg.__main__ import main
+from timm_regnet_reg.commands import similarity as command
+from timm_regnet_reg.commands.similarity import CKA, COSINE, similarity
+from timm_regnet_reg.errors import UserError
+
+PLAIN = 'cifar_resnet20'
+BLOCKS = [f'layer{stage}.{i}' for stage in (1, 2, 3) for i in range(3)]
+
+
+def hsic(K, L):
+    """Song et al. (2012), equation 5, term by term."""
+    n = len(K)
+    K, L, one = K - torch.diag(K.diag()), L - torch.diag(L.diag()), torch.ones(n, dtype=torch.float64)
+    middle = (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
+    return (torch.trace(K @ L) + middle - 2 / (n - 2) * (one @ K @ L @ one)) / (n * (n - 3))
+
+
+def cka(Xs, Ys):
+    """Nguyen et al. (2021): of batches of features (n, features)."""
+    Ks, Ls = ([X.double() @ X.double().T for X in batches] for batches in (Xs, Ys))
+
+    def mean(Ks, Ls):
+        return sum(hsic(K, L) for K, L in zip(Ks, Ls, strict=True)) / len(Ks)
+
+    return (mean(Ks, Ls) / (mean(Ks, Ks).sqrt() * mean(Ls, Ls).sqrt())).item()
+
+
+def cosine(x, y):
+    return sum((a @ b / a.norm() / b.norm()).item() for a, b in zip(x.double(), y.double())) / len(x)
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def compare(function, batches=2, n=16, features=5):
+    """CKA and cosine similarity of a block's random output and a function of it, which the next block gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(layer1=nn.Sequential(nn.Identity(), Function(function))))
+    values = similarity(model, torch.randn(batches, n, features)).values
+    return [values[measure][0, 1].item() for measure in (CKA, COSINE)]
+
+
+@pytest.fixture
+def run(image_folder, packaged, tmp_path, capsys):
+    """Runs the command, on a packaged network unless told otherwise. Returns exit code, stdout and stderr."""
+
+    def run(*args, models=(f'local-dir:{packaged}',), data_dir=image_folder):
+        options = ['--data-dir', data_dir, '--output', tmp_path / 'new' / 'folder']
+        code = main(['similarity', *models, *map(str, options), *map(str, args)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, shape',
+    [
+        (PLAIN, {}, (3, 16, 16)),
+        (MODEL, {}, (3, 16, 16)),
+        ('regnet_reg_resnet20_convgru', {'regulated_stages': (2,)}, (3, 16, 16)),
+        ('seresnet50', {}, (3, 32, 32)),
+        ('regnet_reg_resnet18_convrnn', {}, (3, 32, 32)),
+    ],
+)
+def test_values_are_those_of_the_papers_formulas(name, kwargs, shape):
+    torch.manual_seed(0)
+    # a zero-initialised branch would leave all blocks of a stage alike
+    model = timm.create_model(name, zero_init_last=False, **kwargs).eval()
+    batches = [torch.randn(n, *shape) for n in (6, 5, 5)]
+    result = similarity(model, batches)
+
+    outputs = {block: [] for block in result.blocks}
+    for block in outputs:
+        model.get_submodule(block).register_forward_hook(
+            lambda _, __, y, block=block: outputs[block].append(y[0] if isinstance(y, tuple) else y)
+        )
+    with torch.no_grad():
+        for images in batches:
+            model(images)
+    flat = {block: [y.flatten(1) for y in outputs[block]] for block in outputs}
+    for (i, a), (j, b) in itertools.product(enumerate(flat), repeat=2):
+        assert result.values[CKA][i, j].item() == pytest.approx(cka(flat[a], flat[b]), abs=1e-4)
+        if a[:6] == b[:6]:
+            expected = cosine(torch.cat(flat[a]), torch.cat(flat[b]))
+            assert result.values[COSINE][i, j].item() == pytest.approx(expected, abs=1e-5)
+        else:
+            assert result.values[COSINE][i, j].isnan()
+    assert torch.equal(result.maps[0], batches[0][0])
+    for found, block in zip(result.maps[1:], outputs, strict=True):
+        assert torch.equal(found, outputs[block][0][0])
+    stages = [stage for stage, _ in itertools.groupby(result.stages)]
+    assert stages == [f'layer{i}' for i in range(1, 4 if 'resnet20' in name else 5)]
+
+
+rotation = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1))).Q
+
+
+@pytest.mark.parametrize(
+    'function, same_direction',
+    [
+        (lambda x: x.clone(), True),
+        (lambda x: 1000 * x, True),
+        (lambda x: x @ rotation, False),
+        (lambda x: x + 100, False),
+        (lambda x: x.flip(1), False),
+    ],
+)
+def test_cka_of_an_output_scaled_shifted_or_rotated_is_one(function, same_direction):
+    linear_cka, cosine_similarity = compare(function)
+    assert linear_cka == pytest.approx(1, abs=1e-5)
+    assert (cosine_similarity == pytest.approx(1, abs=1e-6)) == same_direction
+
+
+@pytest.mark.parametrize('n', [4, 32])
+def test_independent_outputs_have_no_cka_however_small_the_batch(n):
+    linear_cka, cosine_similarity = compare(torch.randn_like, batches=4096 // n, n=n)
+    assert abs(linear_cka) < 0.05
+    assert abs(cosine_similarity) < 0.05
+
+
+def test_printed_means_are_those_of_the_values_written_beside_the_figures(run, packaged, image_folder, tmp_path):
+    models = PLAIN, f'local-dir:{packaged}'
+    code, out, _ = run('--batch-size', 5, '--images', 9, models=models)
+    assert code == 0
+    folder = tmp_path / 'new' / 'folder'
+    with open(folder / 'similarity.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [tuple(row[key] for key in ('model', 'measure', 'block a', 'block b')) for row in rows] == [
+        (model, measure, *pair)
+        for model in models
+        for measure in (CKA, COSINE)
+        for pair in itertools.combinations(BLOCKS, 2)
+    ]
+    expected = [f'9 images of {image_folder / "validation"}']
+    for measure in (CKA, COSINE):
+        expected += [f'| {measure} of neighbours | all stages | layer1 | layer2 | layer3 |', f'|---|{4 * "---:|"}']
+        for model in models:
+            values = {
+                (row['block a'], row['block b']): row['value']
+                for row in rows
+                if (row['model'], row['measure']) == (model, measure)
+            }
+            means = [
+                sum(float(values[f'layer{stage}.{i}', f'layer{stage}.{i + 1}']) for stage in stages for i in (0, 1))
+                / (2 * len(stages))
+                for stages in ((1, 2, 3), (1,), (2,), (3,))
+            ]
+            expected.append(f'| {model} | {" | ".join(f"{mean:.3f}" for mean in means)} |')
+            assert all((value == '') == (measure == COSINE and a[:6] != b[:6]) for (a, b), value in values.items())
+        expected.append('')
+    assert out.splitlines() == expected[:-1]
+    for name in ('similarity.png', 'features.png'):
+        with Image.open(folder / name) as image:
+            assert min(image.size) > 500 and len(image.convert('RGB').getcolors(2**24)) > 100
+
+
+def test_all_models_see_the_same_images_each_as_its_config_says(run, packaged, image_folder, monkeypatch):
+    seen = []
+
+    def spy(model, batches):
+        seen.append(list(batches))
+        return similarity(model, seen[-1])
+
+    monkeypatch.setattr(command, 'similarity', spy)
+    for plot in ('_plot_values', '_plot_maps'):
+        monkeypatch.setattr(command, plot, lambda path, results: None)
+    big = timm.create_model(MODEL, num_classes=3)
+    config = {'input_size': (3, 48, 48), 'mean': (0, 0, 0), 'std': (1, 1, 1), 'interpolation': 'nearest'}
+    big.pretrained_cfg = dict(big.pretrained_cfg, **config)
+    loaded = command.load_model
+    monkeypatch.setattr(command, 'load_model', lambda name: big.eval() if name == 'big' else loaded(name))
+    name = f'local-dir:{packaged}'
+    assert run('--batch-size', 5, models=(name, 'big'))[0] == 0
+    assert [[len(images) for images in batches] for batches in seen] == [[4, 4, 4]] * 2
+    small, large = map(torch.cat, seen)
+    cfg = loaded(name).pretrained_cfg
+    mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    files = sorted((image_folder / 'validation').rglob('*.png'))
+    chosen = random.Random(0).sample(range(12), 12)
+    order = [chosen[i] for start in range(3) for i in range(start, 12, 3)]
+    assert large.shape == (12, 3, 48, 48)
+    for i, image, enlarged in zip(order, small, large, strict=True):
+        pixels = torch.from_numpy(np.array(Image.open(files[i]))).permute(2, 0, 1) / 255
+        torch.testing.assert_close(image, (pixels - mean) / std)
+        assert set(enlarged.flatten().tolist()) <= set(pixels.flatten().tolist())
+
+
+def test_a_stage_of_one_block_has_no_neighbours(run, tmp_path, monkeypatch):
+    model = timm.create_model('resnet10t', num_classes=3).eval()
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 32, 32))
+    monkeypatch.setattr(command, 'load_model', lambda name: model)
+    code, out, _ = run(models=['resnet10t'])
+    assert code == 0
+    assert out.splitlines()[-1] == '| resnet10t |  |  |  |  |  |'
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['--images', 3], '3 of its 12 images in batches of at most 64 leave 3 for one, and each needs 4'),
+        (['--images', 7, '--batch-size', 4], '7 of its 12 images in batches of at most 4 leave 3 for one'),
+        (['--batch-size', 3], 'in batches of at most 3 leave 3 for one'),
+        (['--split', 'test'], 'no such folder; expected the images as'),
+        (['--device', 'abacus'], '--device abacus: cannot be used here'),
+        (['--output', __file__], 'cannot write to --output'),
+    ],
+)
+def test_what_cannot_work_is_told_before_a_model_is_loaded(run, args, message, monkeypatch):
+    monkeypatch.setattr(command, 'load_model', lambda name: pytest.fail('loaded a model'))
+    code, out, err = run(*args)
+    assert (code, out) == (1, '')
+    assert message in err
+
+
+def test_missing_matplotlib_is_told(run, monkeypatch):
+    monkeypatch.setattr(command, 'load_model', lambda name: pytest.fail('loaded a model'))
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    code, _, err = run()
+    assert code == 1
+    assert 'pip install "timm-regnet-reg[bench]"' in err
+
+
+def test_other_networks_are_refused(run, monkeypatch):
+    model = timm.create_model('mobilenetv3_small_050')
+    monkeypatch.setattr(command, 'load_model', lambda name: model)
+    code, _, err = run(models=['mobilenet'])
+    assert code == 1
+    assert 'mobilenet: is a MobileNetV3; expected a timm.models.ResNet, plain or regulated' in err
+
+
+@pytest.mark.parametrize(
+    'value, message',
+    [(float('nan'), 'layer2.1 gives infinities or NaN'), (0.0, 'layer2.1 gives the same for all of 4 images')],
+)
+@pytest.mark.parametrize('name', [PLAIN, MODEL])
+def test_a_block_whose_output_says_nothing_is_named(name, value, message):
+    model = timm.create_model(name).eval()
+    model.layer2[1].act2 = Function(lambda x: torch.full_like(x, value))
+    with pytest.raises(UserError, match=message):
+        similarity(model, [torch.randn(4, 3, 16, 16)])
+    assert not any(module._forward_hooks for module in model.modules())

@@ -1,0 +1,109 @@
+"""Write CIFAR-10 or CIFAR-100 as the folders that the recipes train on.
+
+    regnet-reg cifar DIR
+    regnet-reg cifar DIR --dataset cifar100
+
+DIR/train/<class>/*.png holds the training images with a border of 4 black pixels, 40x40, in which the recipes' crop is
+the papers': a window of 32x32, cut anywhere. DIR/validation/<class>/*.png holds the test images as they are, 32x32.
+
+The images come from torchvision, which downloads them (170 MB) and checks them, or from --source FOLDER, a folder with
+train/<class>/*.png and validation/<class>/*.png, all of 32x32. DIR appears when it is complete.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Iterator, List, Tuple
+
+from PIL import Image, ImageOps
+from torchvision.datasets import CIFAR10, CIFAR100
+from tqdm import tqdm
+
+from ..errors import UserError
+
+DATASETS = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
+SIZE, BORDER = 32, 4
+SPLITS = {'train': BORDER, 'validation': 0}
+
+# an image, its class, and the name of its file
+Sample = Tuple[Image.Image, str, str]
+
+
+def _download(dataset: str, folder: Path, split: str) -> List[Sample]:
+    """The images as torchvision gives them; `folder` keeps its files."""
+    try:
+        data = DATASETS[dataset](str(folder), train=split == 'train', download=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the checksum
+        raise UserError(
+            f'{dataset} could not be downloaded: {error}\nCheck the connection and try again, or give --source FOLDER'
+        ) from error
+    return [(Image.fromarray(data.data[i]), data.classes[y], f'{i:05d}.png') for i, y in enumerate(data.targets)]
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception as error:  # decoders raise whatever they stumble over in a damaged file
+        raise UserError(f'{path}: cannot be read as an image ({error}); get it again') from error
+    if image.size != (SIZE, SIZE) or image.mode != 'RGB':
+        width, height = image.size
+        raise UserError(f'{path}: is {width}x{height} ({image.mode}); expected the 32x32 RGB images of CIFAR')
+    return image
+
+
+def _files(source: Path, split: str, dataset: str) -> List[Path]:
+    """The images of a split in a folder, sorted, having checked that there are as many classes as there should be."""
+    files = sorted((source / split).glob('*/*.png'))
+    classes = {file.parent.name for file in files}
+    expected = int(dataset.removeprefix('cifar'))
+    if len(classes) != expected:
+        raise UserError(
+            f'{source / split}: holds PNG images of {len(classes)} classes, {dataset} has {expected}; '
+            f'expected {source / split}/<class>/*.png'
+        )
+    return files
+
+
+def _open(files: List[Path]) -> Iterator[Sample]:
+    return ((_read(file), file.parent.name, file.name) for file in files)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write `args.dir` from torchvision's data set or the folder `args.source`.
+
+    Raises:
+        UserError: The folder is there already, the source lacks images or has others than CIFAR's, or the download
+            failed. Nothing is left of an attempt that failed.
+    """
+    folder = Path(args.dir).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f'{args.dir}: exists already and is not empty; give another folder, or move it away')
+    partial = folder.with_name(f'.{folder.name}.partial')
+    if args.source:
+        files = {split: _files(Path(args.source), split, args.dataset) for split in SPLITS}
+        classes = {split: {file.parent.name for file in files[split]} for split in SPLITS}
+        if classes['train'] != classes['validation']:
+            only = ', '.join(sorted(classes['train'] ^ classes['validation']))
+            raise UserError(f'{args.source}: train and validation hold different classes; only one of them has {only}')
+
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        partial.mkdir(parents=True)
+        for split, border in SPLITS.items():
+            if args.source:
+                samples, total = _open(files[split]), len(files[split])
+            else:
+                samples = _download(args.dataset, partial / 'download', split)
+                total = len(samples)
+            for image, label, name in tqdm(samples, desc=split, total=total, unit='image'):
+                target = partial / split / label
+                target.mkdir(parents=True, exist_ok=True)
+                ImageOps.expand(image, border).save(target / name, compress_level=1)
+        shutil.rmtree(partial / 'download', ignore_errors=True)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f'{args.dir}: {", ".join(f"{split}/" for split in SPLITS)} for train_recipes/{args.dataset}.yaml')

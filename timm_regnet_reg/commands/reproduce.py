@@ -1,0 +1,560 @@
+"""Train the rows of the papers' CIFAR tables with timm's train.py, and set the results beside the papers'.
+
+    regnet-reg cifar DIR
+    regnet-reg reproduce TRAIN_PY --data-dir DIR --jobs 2
+    regnet-reg reproduce --report
+
+TRAIN_PY is the path of train.py in a clone of timm's repository (github.com/huggingface/pytorch-image-models). Start
+this in a clone of this project, where train_recipes/ is. Tables: resnet20 (the plain network and three cells),
+seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage), depth (32 and 56 layers). Schedules:
+papers (164 epochs, the recipe as it is) and short (30 epochs, cosine, Nesterov, weight decay 5e-4). All networks of a
+schedule are trained alike, with options of train.py that --report's file lists.
+
+Stop it whenever you like and start it again: a run that is done is skipped, one that was begun goes on after its last
+complete epoch (with other random numbers, as train.py's start at the seed again), and one that was begun with other
+settings is refused. Each run is a process of low priority, which stops when this one does; its log and checkpoints are
+in a folder of its own in --output.
+
+A run adds a row to {dataset}.csv in --results: accuracy of the last epoch, not the best, on all images of validation/,
+as train.py measures it in the precision it trains in. --report reads that file alone: it prints the error, mean and
+standard deviation over seeds, beside the papers', and draws it over the parameters in {dataset}.png.
+"""
+
+import argparse
+import csv
+import ctypes
+import fcntl
+import hashlib
+import io
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from .. import __version__
+from ..errors import UserError
+from ..support.counting import count
+
+
+class Row(NamedTuple):
+    """A row of the papers' tables: a model, its arguments, and its errors (%) on CIFAR-10 and CIFAR-100."""
+
+    model: str
+    cifar10: float
+    cifar100: float
+    kwargs: Dict[str, Any] = {}
+
+    @property
+    def arguments(self) -> str:
+        """As train.py's --model-kwargs takes them."""
+        return ' '.join(f'{key}={value}' for key, value in self.kwargs.items())
+
+
+TABLES: Dict[str, List[Row]] = {
+    'resnet20': [
+        Row('cifar_resnet20', 8.38, 31.72),
+        Row('regnet_reg_resnet20_convrnn', 7.60, 30.03),
+        Row('regnet_reg_resnet20_convgru', 7.42, 29.69),
+        Row('regnet_reg_resnet20_convlstm', 7.28, 29.81),
+    ],
+    'seresnet20': [
+        Row('cifar_seresnet20', 8.02, 31.14),
+        Row('regnet_reg_seresnet20_convrnn', 7.55, 29.63),
+        Row('regnet_reg_seresnet20_convgru', 7.25, 29.08),
+        Row('regnet_reg_seresnet20_convlstm', 6.98, 29.02),
+    ],
+    'stages': [
+        Row('regnet_reg_resnet20_convgru', 7.52, 30.40, {'regulated_stages': (1,)}),
+        Row('regnet_reg_resnet20_convgru', 7.48, 30.34, {'regulated_stages': (2,)}),
+        Row('regnet_reg_resnet20_convgru', 7.49, 30.30, {'regulated_stages': (3,)}),
+        Row('regnet_reg_resnet20_convlstm', 7.56, 30.23, {'regulated_stages': (1,)}),
+        Row('regnet_reg_resnet20_convlstm', 7.49, 30.28, {'regulated_stages': (2,)}),
+        Row('regnet_reg_resnet20_convlstm', 7.52, 29.92, {'regulated_stages': (3,)}),
+    ],
+    'depth': [
+        Row('cifar_resnet32', 7.54, 29.86),
+        Row('regnet_reg_resnet32_convgru', 6.60, 27.42),
+        Row('regnet_reg_resnet32_convlstm', 6.88, 28.11),
+        Row('cifar_resnet56', 6.78, 28.14),
+        Row('regnet_reg_resnet56_convgru', 6.39, 27.02),
+        Row('regnet_reg_resnet56_convlstm', 6.45, 27.26),
+    ],
+}
+ROWS = [row for rows in TABLES.values() for row in rows]
+
+# options of train.py beyond the recipe's
+SCHEDULES: Dict[str, Dict[str, Any]] = {
+    'papers': {},
+    'short': {
+        'epochs': 30,
+        'sched': 'cosine',
+        'min-lr': 0,
+        'warmup-epochs': 1,
+        'warmup-lr': 0.01,
+        'opt': 'sgd',  # with Nesterov's momentum
+        'weight-decay': 5e-4,
+    },
+}
+PRECISIONS = {'bf16': ['--amp', '--amp-dtype', 'bfloat16', '--torchcompile', 'inductor'], 'float32': []}
+
+IDENTITY = ['model', 'arguments', 'dataset', 'schedule', 'precision', 'seed']
+MEASURED = ['top1', 'top5', 'train_loss', 'images', 'parameters', 'multiply_adds', 'seconds']
+PROVENANCE = ['epochs', 'device', 'recipe', 'settings', 'python', 'torch', 'timm', 'timm_regnet_reg', 'options']
+COLUMNS = IDENTITY + MEASURED + PROVENANCE
+# what rows must have in common for a mean or a table
+ALIKE = ['dataset', 'schedule', 'epochs', 'precision', 'device', 'recipe', 'images']
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    temporary.write_text(text, encoding='utf-8')
+    temporary.replace(path)
+
+
+def _lock(folder: Path, wait: bool) -> int:
+    """Locks a folder until its file descriptor is closed here and in all processes that inherited it.
+
+    Raises:
+        BlockingIOError: Another process holds it, unless `wait`.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def train_options(row: Row, dataset: str, schedule: str, precision: str, device: str, seed: int) -> List[str]:
+    """What train.py is given, but for folders."""
+    return [
+        *('--config', f'train_recipes/{dataset}.yaml', '--model', row.model),
+        *(['--model-kwargs', *row.arguments.split()] if row.kwargs else []),
+        *(word for key, value in SCHEDULES[schedule].items() for word in (f'--{key}', str(value))),
+        *PRECISIONS[precision],
+        *('--device', device, '--seed', str(seed), '--checkpoint-hist', '1'),
+        # a run's one core has no time for processes that wait for it
+        *(['--workers', '0'] if device == 'cpu' else []),
+    ]
+
+
+def check_data(data_dir: str, dataset: str) -> Dict[str, int]:
+    """The number of images in each split.
+
+    Raises:
+        UserError: These are not the folders that `regnet-reg cifar` writes.
+    """
+    images = {}
+    for split, size in (('train', 40), ('validation', 32)):
+        root = Path(data_dir, split)
+        files = sorted(root.glob('*/*.png'))
+        classes = len({file.parent.name for file in files})
+        if classes != int(dataset.removeprefix('cifar')):
+            found = f'holds PNG images of {classes} classes'
+        elif (found_size := Image.open(files[0]).size) != (size, size):
+            found = f'holds images of {found_size[0]}x{found_size[1]}, expected {size}x{size}'
+        else:
+            images[split] = len(files)
+            continue
+        raise UserError(f'{root}: {found}; write the folder with `regnet-reg cifar DIR --dataset {dataset}`')
+    return images
+
+
+def newest_checkpoint(folder: Path) -> Tuple[Optional[Path], int]:
+    """The latest checkpoint that can be loaded, and the number of epochs that it has seen; (None, 0) without one."""
+    newest: Tuple[Optional[Path], int] = (None, 0)
+    for path in folder.glob('*.pth.tar'):
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # train.py's own arguments
+                epochs = torch.load(path, map_location='cpu', weights_only=True)['epoch'] + 1
+        except Exception:  # half-written, as its process was killed; an older one will do
+            continue
+        if epochs > newest[1]:
+            newest = path, epochs
+    return newest
+
+
+def read_summary(folder: Path) -> Dict[int, Dict[str, float]]:
+    """The figures of train.py's summary.csv by epoch. What a resumed run writes again replaces what it wrote before."""
+    path = folder / 'summary.csv'
+    epochs = {}
+    if path.exists():
+        with open(path, newline='') as file:
+            for line in csv.DictReader(file):
+                try:
+                    figures = {key: float(value) for key, value in line.items()}
+                except (TypeError, ValueError):  # the header of a resumed run, or half a line of one that was killed
+                    continue
+                epochs[int(figures['epoch'])] = figures
+    return epochs
+
+
+def read_results(path: Path) -> List[Dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def add_result(path: Path, result: Dict[str, Any]) -> None:
+    """Adds a row, in the order of the tables and seeds; other processes may do so at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = _lock(path.parent, wait=True)
+    try:
+        order = {(row.model, row.arguments): index for index, row in enumerate(ROWS)}
+        results = [*read_results(path), {key: str(value) for key, value in result.items()}]
+        results.sort(key=lambda r: (r['schedule'], r['precision'], order[r['model'], r['arguments']], int(r['seed'])))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(results)
+        _replace(path, text.getvalue())
+    finally:
+        os.close(lock)
+
+
+class Run:
+    """One training of a row: its settings, its folder, and its process while there is one."""
+
+    def __init__(self, row: Row, seed: int, args: argparse.Namespace, recipe: Dict[str, Any], images: Dict[str, int]):
+        self.row, self.seed = row, seed
+        precision = 'float32' if args.float32 else 'bf16'
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        self.options = train_options(row, args.dataset, args.schedule, precision, device, seed)
+        self.epochs = SCHEDULES[args.schedule].get('epochs', recipe['epochs'])
+        self.settings = {'options': self.options, 'recipe': recipe, 'images': images}
+        self.facts = {
+            'model': row.model,
+            'arguments': row.arguments,
+            'dataset': args.dataset,
+            'schedule': args.schedule,
+            'precision': precision,
+            'seed': str(seed),
+            'images': images['validation'],
+            'epochs': self.epochs,
+            'device': device,
+            'recipe': _digest(recipe),
+            'settings': _digest(self.settings),
+            'options': ' '.join(self.options),
+        }
+        stages = ''.join(f'-stage{i}' for i in row.kwargs.get('regulated_stages', ()))
+        name = f'{args.dataset}-{args.schedule}-{precision}-{row.model}{stages}-seed{seed}'
+        self.folder = Path(args.output, name).absolute()
+        self.done = 0  # epochs
+        self.seconds = 0.0  # of them
+
+    def __str__(self) -> str:
+        return f'{self.row.model}{f" {self.row.arguments}" if self.row.kwargs else ""}, seed {self.seed}'
+
+    def check(self, results: List[Dict[str, str]]) -> bool:
+        """Whether the run is among the results.
+
+        Raises:
+            UserError: It is, or was begun, with other settings.
+        """
+        for result in results:
+            if all(result[key] == self.facts[key] for key in IDENTITY):
+                if result['settings'] != self.facts['settings']:
+                    raise UserError(
+                        f'{self}: has a result that was trained with other settings (options: {result["options"]}; '
+                        f'recipe {result["recipe"]} instead of {self.facts["recipe"]}). Give another --results, or '
+                        'remove its row'
+                    )
+                return True
+        file = self.folder / 'settings.json'
+        if file.exists() or any(self.folder.glob('*.pth.tar')):
+            begun = json.loads(file.read_text()) if file.exists() else {}
+            if begun != self.settings:
+                differ = [key for key in self.settings if begun.get(key) != self.settings[key]]
+                raise UserError(
+                    f'{self.folder}: was begun with other settings ({", ".join(differ)}; see settings.json in it). '
+                    'Give another --output, or remove the folder to start over'
+                )
+        return False
+
+    def start(self, train_py: str, data_dir: str, threads: int) -> None:
+        """Start training, or go on after the last complete epoch.
+
+        Raises:
+            BlockingIOError: Another process trains this run.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(self.folder, wait=False)
+        try:
+            _replace(self.folder / 'settings.json', json.dumps(self.settings, indent=1))
+            checkpoint, self.done = newest_checkpoint(self.folder)
+            clock = self.folder / 'seconds'
+            if checkpoint:
+                self.seconds = float(clock.read_text()) if clock.exists() else 0.0
+                # train.py seeds anew: with the same seed the epochs after every stop would be the first ones' again
+                resume = ['--resume', str(checkpoint), '--seed', str(self.seed + 1000 * self.done)]
+            else:
+                (self.folder / 'summary.csv').unlink(missing_ok=True)
+                resume = []
+            self.start_seconds, self.started = self.seconds, time.monotonic()
+            environment = {
+                **os.environ,
+                'OMP_NUM_THREADS': str(threads),
+                # compiled for CPUs, tanh by exp takes half as long as the function of the C library
+                'TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH': '1',
+            }
+            if sys.platform == 'linux':  # keep freed memory: asking for it again costs more than some layers do
+                environment['GLIBC_TUNABLES'] = (
+                    'glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592'
+                )
+            libc = ctypes.CDLL(None)
+
+            def in_child() -> None:
+                os.nice(19)
+                if sys.platform == 'linux':
+                    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with this process, however that ends
+
+            folders = ['--data-dir', data_dir, '--output', str(self.folder.parent), '--experiment', self.folder.name]
+            with open(self.folder / 'log.txt', 'ab') as log:
+                self.process = subprocess.Popen(
+                    # `run`, for a train.py in a clone would take the clone's timm
+                    [sys.executable, '-m', 'timm_regnet_reg', 'run', train_py, *self.options, *folders, *resume],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    preexec_fn=in_child,
+                    start_new_session=True,  # Ctrl-C is for this process; train.py would end with success
+                    pass_fds=[lock],
+                )
+        finally:
+            os.close(lock)
+
+    def progress(self) -> Optional[Dict[str, float]]:
+        """The figures of the last epoch, if it is a new one."""
+        summary = read_summary(self.folder)
+        done = max(summary, default=-1) + 1
+        if done <= self.done:
+            return None
+        self.done = done
+        self.seconds = self.start_seconds + time.monotonic() - self.started
+        _replace(self.folder / 'seconds', f'{self.seconds:.0f}')
+        return summary[self.done - 1]
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def result(self) -> Dict[str, Any]:
+        """The row of a run that is through."""
+        last = read_summary(self.folder)[self.epochs - 1]
+        classes = int(self.facts['dataset'].removeprefix('cifar'))
+        model = timm.create_model(self.row.model, num_classes=classes, device='meta', **self.row.kwargs).eval()
+        parameters, multiply_adds = count(model, torch.empty(1, *model.default_cfg['input_size'], device='meta'))
+        return {
+            **self.facts,
+            'top1': round(last['eval_top1'], 3),
+            'top5': round(last['eval_top5'], 3),
+            'train_loss': round(last['train_loss'], 5),
+            'parameters': parameters,
+            'multiply_adds': multiply_adds,
+            'seconds': round(self.seconds),
+            'python': platform.python_version(),
+            'torch': torch.__version__,
+            'timm': timm.__version__,
+            'timm_regnet_reg': __version__,
+        }
+
+
+def _time_left(todo: List[Run], runs: List[Run], jobs: int) -> str:
+    paces: Dict[str, List[float]] = {}
+    for run in runs:
+        if run.done and run.seconds:
+            paces.setdefault(run.row.model, []).append(run.seconds / run.done)
+    if not paces:
+        return ''
+    mean = {model: statistics.mean(pace) for model, pace in paces.items()}
+    other = statistics.mean(mean.values())
+    seconds = sum((run.epochs - run.done) * mean.get(run.row.model, other) for run in todo) / jobs
+    return f'; about {seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min left'
+
+
+def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: int) -> List[str]:
+    """Trains the runs in their order, `jobs` at a time, and adds their results to a CSV file.
+
+    Returns:
+        What went wrong, a message a run.
+    """
+    waiting, running, failed = list(runs), [], []
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                try:
+                    run.start(train_py, data_dir, threads)
+                except BlockingIOError:
+                    failed.append(f'{run}: {run.folder} is in use by another process that trains it')
+                    continue
+                running.append(run)
+                print(f'{run}: {f"goes on after epoch {run.done}" if run.done else "starts"}', flush=True)
+            time.sleep(1)
+            for run in list(running):
+                code = run.process.poll()
+                if figures := run.progress():
+                    print(
+                        f'{run}: epoch {run.done} of {run.epochs}, top-1 {figures["eval_top1"]:.2f} %, train loss '
+                        f'{figures["train_loss"]:.3f} ({len(runs) - len(waiting) - len(running) - len(failed)} of '
+                        f'{len(runs)} runs done{_time_left(waiting + running, runs, jobs)})',
+                        flush=True,
+                    )
+                if code is None:
+                    continue
+                running.remove(run)
+                if code == 0 and run.epochs - 1 in read_summary(run.folder):
+                    add_result(results, run.result())
+                    print(f'{run}: done, in {results}', flush=True)
+                else:
+                    log = run.folder / 'log.txt'
+                    lines = log.read_text(errors='replace').splitlines()[-5:]
+                    failed.append(f'{run}: train.py ended with code {code}; the end of {log}:\n  ' + '\n  '.join(lines))
+                    print(failed[-1], file=sys.stderr, flush=True)
+    finally:
+        for run in running:
+            run.stop()
+    return failed
+
+
+def _groups(results: List[Dict[str, str]]) -> Dict[Tuple[str, ...], Dict[Row, List[Dict[str, str]]]]:
+    """Results that may be compared, by what they have in common; in each, the results of every row that has any."""
+    groups: Dict[Tuple[str, ...], Dict[Row, List[Dict[str, str]]]] = {}
+    for result in results:
+        row = next(row for row in ROWS if (row.model, row.arguments) == (result['model'], result['arguments']))
+        groups.setdefault(tuple(result[key] for key in ALIKE), {}).setdefault(ROWS.index(row), []).append(result)
+    return {alike: {ROWS[index]: group[index] for index in sorted(group)} for alike, group in sorted(groups.items())}
+
+
+def _title(alike: Tuple[str, ...]) -> str:
+    facts = dict(zip(ALIKE, alike))
+    return (
+        f'{facts["dataset"].replace("cifar", "CIFAR-")}, schedule {facts["schedule"]}, {facts["epochs"]} epochs, '
+        f'{facts["precision"]} on {facts["device"]}, {int(facts["images"]):,} images, recipe {facts["recipe"]}'
+    )
+
+
+def _error(results: List[Dict[str, str]]) -> Tuple[float, float]:
+    """Mean and standard deviation of the error in percent; no deviation of a single seed."""
+    errors = [100 - float(result['top1']) for result in results]
+    return statistics.mean(errors), statistics.stdev(errors) if len(errors) > 1 else 0.0
+
+
+def report(results: List[Dict[str, str]]) -> str:
+    """Markdown: for all runs that may be compared a table of errors beside the papers'."""
+    lines = []
+    for alike, rows in _groups(results).items():
+        lines += [
+            f'{_title(alike)}:',
+            '',
+            "| model | parameters | multiply-adds | error, % | seeds | training loss | papers' error, % |",
+            '|---|---:|---:|---:|---:|---:|---:|',
+        ]
+        for row, runs in rows.items():
+            mean, deviation = _error(runs)
+            loss = statistics.mean(float(run['train_loss']) for run in runs)
+            lines.append(
+                f'| {row.model}{f" {row.arguments}" if row.kwargs else ""} '
+                f'| {int(runs[0]["parameters"]) / 1e6:.3f}M | {int(runs[0]["multiply_adds"]) / 1e6:.1f}M '
+                f'| {mean:.2f}{f" ± {deviation:.2f}" if len(runs) > 1 else ""} | {len(runs)} '
+                f'| {loss:.3f} | {getattr(row, alike[0]):.2f} |'
+            )
+        lines.append('')
+    return '\n'.join(lines)
+
+
+def draw(results: List[Dict[str, str]], path: Path) -> None:
+    """The error over the parameters, measured (filled) and the papers' (hollow), a panel for each table of `report`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"the plot needs matplotlib ({error}); pip install 'timm-regnet-reg[bench]'") from error
+    groups = _groups(results)
+    figure = Figure(figsize=(6 * len(groups), 4.5), layout='constrained')
+    for axes, (alike, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items()):
+        for color, kind in enumerate(('plain', 'convrnn', 'convgru', 'convlstm')):
+            chosen = [row for row in rows if (row.model.split('_')[-1] if row.model[0] == 'r' else 'plain') == kind]
+            if not chosen:
+                continue
+            millions = [int(rows[row][0]['parameters']) / 1e6 for row in chosen]
+            means, deviations = zip(*(_error(rows[row]) for row in chosen))
+            axes.errorbar(millions, means, deviations, fmt='o', capsize=3, color=f'C{color}', label=kind)
+            papers = [getattr(row, alike[0]) for row in chosen]
+            axes.plot(millions, papers, 'o', fillstyle='none', color=f'C{color}')
+            for x, y, row in zip(millions, means, chosen):
+                name = ' '.join(
+                    word for word in (row.model.split('_')[-2 if kind != 'plain' else -1], row.arguments) if word
+                )
+                axes.annotate(name, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
+        axes.set(title=_title(alike).replace(', recipe', ',\nrecipe'), xlabel='parameters, millions', ylabel='error, %')
+        axes.legend(title="hollow: papers'")
+    figure.savefig(path, dpi=100, metadata={'Software': None})
+
+
+def _choose(tables: List[str], models: Optional[List[str]]) -> List[Row]:
+    rows = [row for table in tables for row in TABLES[table]]
+    if models is None:
+        return rows
+    known = {row.model for row in rows}
+    if unknown := [model for model in models if model not in known]:
+        raise UserError(
+            f'--models {" ".join(unknown)}: not in --table {" ".join(tables)}, which has {", ".join(sorted(known))}'
+        )
+    return [row for row in rows if row.model in models]
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train what is missing, or report what is there.
+
+    Raises:
+        UserError: Something is missing, a run was begun with other settings, or train.py failed in one.
+    """
+    results = Path(args.results, f'{args.dataset}.csv')
+    if args.report:
+        rows = read_results(results)
+        if not rows:
+            raise UserError(f'{results}: no results yet; train first')
+        print(report(rows))
+        draw(rows, results.with_suffix('.png'))
+        return
+
+    if not args.train_py or not args.data_dir:
+        raise UserError('TRAIN_PY and --data-dir are needed to train; --report alone needs neither')
+    if not os.path.isfile(args.train_py):
+        raise UserError(f"{args.train_py}: no such file; expected train.py of a clone of timm's repository")
+    recipe_file = Path('train_recipes', f'{args.dataset}.yaml')
+    if not recipe_file.is_file():
+        raise UserError(f'{recipe_file}: no such file; start this in a clone of this project')
+    recipe = yaml.safe_load(recipe_file.read_text())
+    images = check_data(args.data_dir, args.dataset)
+    rows = _choose(args.table, args.models)
+    runs = [Run(row, seed, args, recipe, images) for seed in args.seeds for row in rows]
+    known = read_results(results)
+    todo = [run for run in runs if not run.check(known)]
+    print(f'{len(runs) - len(todo)} of {len(runs)} runs were done before', flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+    if failed := train(todo, results, os.path.abspath(args.train_py), args.data_dir, args.jobs):
+        raise UserError(f'{len(failed)} of {len(todo)} runs failed:\n' + '\n'.join(failed))

@@ -1,0 +1,261 @@
+"""Measure how alike the outputs of neighbouring residual blocks are.
+
+    regnet-reg similarity cifar_resnet20 regnet_reg_resnet20_convlstm --data-dir DIR --output similarity
+
+The papers' figure 1 in numbers, for any of timm's ResNets, plain or regulated. All are shown the same images, a random
+choice from DIR/validation, prepared as each model's config says. Two blocks' outputs, flattened to a vector an image,
+are compared by
+
+    linear CKA         for all pairs: 1 if one is the other rotated, scaled and shifted, about 0 if independent
+    cosine similarity  for pairs in a stage, which are of one shape: averaged over the images
+
+With X and Y the outputs for a batch of n images, linear CKA is the sum over batches of HSIC(XX', YY') divided by the
+root of the sum of HSIC(XX', XX') and of that of HSIC(YY', YY'). HSIC is the unbiased estimate, so that the size of the
+batches makes no bias: of K and L with zeros on the diagonal
+
+    HSIC(K, L) = (tr(KL) + (1'K1)(1'L1) / ((n - 1)(n - 2)) - 2 (1'KL1) / (n - 2)) / (n (n - 3))
+
+(Kornblith et al., arXiv 1905.00414; for batches Nguyen et al., arXiv 2010.15327; HSIC: Song et al., JMLR 13, 2012).
+
+Prints the means over neighbours: a block and the next one of its stage. Writes similarity.csv, the values of all pairs;
+similarity.png, the same as heat maps; and features.png, the outputs for one image: the mean of the channels and, of
+each stage, the three channels that vary most over that image.
+"""
+
+import argparse
+import csv
+import itertools
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import create_transform, resolve_data_config
+from timm.models import ResNet
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..support.inference import find_images, load_model, read_image
+from ..support.plots import plot_folder
+
+__all__ = ['CKA', 'COSINE', 'Similarity', 'similarity']
+
+CKA, COSINE = 'linear CKA', 'cosine similarity'
+LEAST = 4  # images in a batch: below, the unbiased HSIC has no value
+
+
+class Similarity(NamedTuple):
+    """How alike a network's blocks are."""
+
+    stages: List[str]  # of each block, 'layer1', …
+    blocks: List[str]  # 'layer1.0', …
+    values: Dict[str, torch.Tensor]  # of each measure, (blocks, blocks), float64, NaN where it isn't defined
+    maps: List[torch.Tensor]  # the first image and each block's output for it, (channels, height, width)
+
+    def neighbours(self, measure: str, stage: str = '') -> float:
+        """The mean of a measure over neighbours, in one stage or in all; NaN if there are none."""
+        pairs = zip(self.stages, self.stages[1:], self.values[measure].diagonal(1).tolist())
+        values = [value for a, b, value in pairs if a == b and stage in ('', a)]
+        return sum(values) / len(values) if values else math.nan
+
+
+def _centered_gram(X: torch.Tensor) -> torch.Tensor:
+    """The Gram matrix of X (n, features), centred so that HSIC(K, L) is `(K * L).sum() / (n * (n - 3))`.
+
+    That is Székely and Rizzo's U-centring (Annals of Statistics 42, 2014): the same number.
+    """
+    X = X - X.mean(0)  # changes nothing but the rounding
+    K = (X @ X.T).cpu().double().fill_diagonal_(0)
+    n = len(K)
+    means = K.sum(0) / (n - 2)
+    return (K - means - means[:, None] + means.sum() / (n - 1)).fill_diagonal_(0)
+
+
+@torch.inference_mode()
+def similarity(model: ResNet, batches: Iterable[torch.Tensor]) -> Similarity:
+    """Compare the outputs of a network's residual blocks. At a time, memory holds those of one stage for one batch.
+
+    Args:
+        model: A ResNet of timm, plain or regulated, in evaluation mode.
+        batches: Images (n, channels, height, width) as the network takes them, n at least 4 and about the same for all.
+
+    Raises:
+        UserError: An output isn't finite, or is the same for all images of a batch.
+    """
+    blocks = {name: module for name, module in model.named_modules() if re.fullmatch(r'layer\d\.\d+', name)}
+    names, stages = list(blocks), [name.partition('.')[0] for name in blocks]
+    hsic, cosine = torch.zeros(2, len(blocks), len(blocks), dtype=torch.float64)
+    grams: List[torch.Tensor] = []  # of the blocks so far
+    units: List[torch.Tensor] = []  # outputs of the blocks so far in the stage, of unit length
+    maps: List[torch.Tensor] = []
+    seen = 0
+
+    def read(block: nn.Module, inputs: Any, output: Any) -> None:
+        x = output[0] if isinstance(output, tuple) else output  # a regulated block gives its state as well
+        index = len(grams)
+        if not x.isfinite().all():
+            raise UserError(f'{names[index]} gives infinities or NaN for these images; give a model that works')
+        if (x == x[0]).all():
+            raise UserError(f'{names[index]} gives the same for all of {len(x)} images; give a model that works')
+        if not seen:
+            maps.append(x[0].cpu())
+        x = x.flatten(1)
+        grams.append(_centered_gram(x))
+        first = stages.index(stages[index])
+        if index == first:
+            units.clear()
+        units.append(F.normalize(x))
+        for row, unit in enumerate(units, start=first):
+            cosine[row, index] += torch.einsum('nf,nf->n', unit, units[-1]).sum().cpu()
+
+    hooks = [block.register_forward_hook(read) for block in blocks.values()]
+    try:
+        for images in batches:
+            if not seen:
+                maps.append(images[0].cpu())
+            model(images)
+            n = len(images)
+            seen += n
+            G = torch.stack(grams).flatten(1)
+            hsic += G @ G.T / (n * (n - 3))
+            grams.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    scale = hsic.diagonal().sqrt()
+    other_stage = torch.tensor([[a != b for b in stages] for a in stages])
+    values = {
+        CKA: hsic / scale / scale[:, None],
+        COSINE: ((cosine + cosine.triu(1).T) / seen).masked_fill(other_stage, math.nan),
+    }
+    return Similarity(stages, names, values, maps)
+
+
+def _table(measure: str, results: Dict[str, Similarity]) -> List[str]:
+    """A Markdown table: for every model the means over neighbours, of all stages and of each."""
+    stages = list(dict.fromkeys(stage for result in results.values() for stage in result.stages))
+    lines = [f'| {measure} of neighbours | all stages | {" | ".join(stages)} |', f'|---|{"---:|" * (1 + len(stages))}']
+    for name, result in results.items():
+        means = [result.neighbours(measure, stage) for stage in ['', *stages]]
+        lines.append(f'| {name} | {" | ".join("" if math.isnan(mean) else f"{mean:.3f}" for mean in means)} |')
+    return lines
+
+
+def _write_csv(path: Path, results: Dict[str, Similarity]) -> None:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        writer.writerow(['model', 'measure', 'block a', 'block b', 'value'])
+        for name, result in results.items():
+            for measure, values in result.values.items():
+                for (i, a), (j, b) in itertools.combinations(enumerate(result.blocks), 2):
+                    value = values[i, j].item()
+                    writer.writerow([name, measure, a, b, '' if math.isnan(value) else value])
+
+
+def _plot_values(path: Path, results: Dict[str, Similarity]) -> None:
+    """Heat maps of all pairs, a column a model and a row a measure."""
+    from matplotlib.figure import Figure
+
+    side = max(4.0, 0.42 * max(len(result.blocks) for result in results.values()))
+    figure = Figure(figsize=(side * len(results) + 1, 2 * side + 1), layout='constrained')
+    grid = figure.subplots(2, len(results), squeeze=False)
+    for row, measure in zip(grid, (CKA, COSINE)):
+        for axes, (name, result) in zip(row, results.items()):
+            values, blocks = result.values[measure].tolist(), result.blocks
+            image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis')
+            axes.set_title(f'{Path(name).name}\n{measure}, neighbours {result.neighbours(measure):.3f}', fontsize=10)
+            axes.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=8)
+            axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
+            axes.spines[:].set_visible(False)
+            for i in range(1, len(blocks)):
+                if result.stages[i] != result.stages[i - 1]:
+                    axes.axhline(i - 0.5, color='white', linewidth=2)
+                    axes.axvline(i - 0.5, color='white', linewidth=2)
+            for i, j in itertools.product(range(len(blocks)), repeat=2):
+                if len(blocks) <= 20 and not math.isnan(values[i][j]):  # more would not be legible
+                    color = 'black' if values[i][j] > 0.6 else 'white'
+                    text = f'{values[i][j]:.2f}'.replace('0.', '.')
+                    axes.text(j, i, text, color=color, fontsize=7, ha='center', va='center')
+        figure.colorbar(image, ax=row, label=measure, shrink=0.8)
+    figure.savefig(path, dpi=150)
+
+
+def _plot_maps(path: Path, results: Dict[str, Similarity]) -> None:
+    """The blocks' outputs for one image, each map in colours of its own."""
+    from matplotlib.figure import Figure
+
+    columns = max(len(result.blocks) for result in results.values())
+    figure = Figure(figsize=(0.9 * (columns + 1), 4 * len(results)), layout='constrained')
+    parts = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
+    for part, (name, result) in zip(parts, results.items()):
+        part.suptitle(f'{Path(name).name}: outputs of the blocks for one image', fontsize=11)
+        grid = part.subplots(4, 1 + columns)
+        for axes in grid.flat:
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        image, *maps = result.maps
+        image = image - image.min()
+        grid[0, 0].imshow((image / image.max()).permute(1, 2, 0).numpy(), cmap='gray')
+        grid[0, 0].set_title('image', fontsize=8)
+        for stage in dict.fromkeys(result.stages):
+            members = [i for i, other in enumerate(result.stages) if other == stage]
+            spread = torch.stack([F.normalize(maps[i].flatten(1).std(1, correction=0), dim=0) for i in members]).sum(0)
+            channels = spread.topk(3).indices.tolist()
+            for i in members:
+                shown = [maps[i].mean(0), *maps[i][channels]]
+                grid[0, 1 + i].set_title(result.blocks[i], fontsize=8)
+                for axes, values, label in zip(grid[:, 1 + i], shown, ['mean', *(f'channel {c}' for c in channels)]):
+                    axes.imshow(values.numpy(), cmap='magma')
+                    axes.set_ylabel(label if i == members[0] else '', fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _batches(model: ResNet, batches: List[List[str]], device: str, name: str) -> Iterator[torch.Tensor]:
+    """The images of the files, batch by batch, as the model takes them."""
+    config = resolve_data_config(model=model)
+    transform = create_transform(**config, is_training=False)
+    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    for paths in tqdm(batches, desc=name, unit='batch', leave=False, disable=None):
+        yield torch.stack([transform(read_image(path).convert(mode)) for path in paths]).to(device)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure `args.models` on the same images, print the means, write every value and the figures.
+
+    Raises:
+        UserError: matplotlib, the device, the folders, enough images or a ResNet can't be had, or its outputs measured.
+    """
+    output = plot_folder(args.output)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device {args.device}: cannot be used here ({error}); give cpu, say') from error
+    root = Path(args.data_dir, args.split)
+    if not root.is_dir():
+        raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
+    paths = find_images([str(root)])
+    sample = random.Random(0).sample(paths, min(args.images, len(paths)))
+    parts = math.ceil(len(sample) / args.batch_size)
+    batches = [sample[i::parts] for i in range(parts)]
+    if len(batches[-1]) < LEAST:
+        raise UserError(
+            f'{root}: {len(sample)} of its {len(paths)} images in batches of at most {args.batch_size} leave '
+            f'{len(batches[-1])} for one, and each needs {LEAST}; give more --images or a larger --batch-size'
+        )
+    models: Dict[str, ResNet] = {}
+    for name in args.models:
+        model = load_model(name).to(args.device)
+        if not isinstance(model, ResNet):
+            raise UserError(
+                f'{name}: is a {type(model).__name__}; expected a timm.models.ResNet, plain or regulated '
+                '(resnet, resnext, seresnet, cifar_resnet, regnet_reg_resnet, …)'
+            )
+        models[name] = model
+    results = {name: similarity(m, _batches(m, batches, args.device, name)) for name, m in models.items()}
+    _write_csv(output / 'similarity.csv', results)
+    _plot_values(output / 'similarity.png', results)
+    _plot_maps(output / 'features.png', results)
+    print(f'{len(sample)} images of {root}', *_table(CKA, results), '', *_table(COSINE, results), sep='\n')

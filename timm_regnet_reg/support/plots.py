@@ -1,0 +1,30 @@
+"""What commands that plot check before they work."""
+
+import tempfile
+from pathlib import Path
+
+from ..errors import UserError
+
+__all__ = ['plot_folder']
+
+
+def plot_folder(name: str) -> Path:
+    """The folder that figures and tables go to, made if need be, before anything has been computed in vain.
+
+    Raises:
+        UserError: matplotlib is missing, or the folder can't be written to.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f'the figures are drawn with matplotlib, which cannot be imported ({error}); '
+            'pip install "timm-regnet-reg[bench]"'
+        ) from error
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f'cannot write to --output {name!r}: {error}; give a folder that can be written') from error
+    return folder
