@@ -38,7 +38,7 @@ def _resnet(block: type, *layers: int, se: bool = False, **kwargs: Any) -> Dict[
     return dict(block=block, layers=layers, **kwargs)
 
 
-_D = dict(stem_width=32, stem_type='deep', avg_down=True)
+_D: Dict[str, Any] = dict(stem_width=32, stem_type='deep', avg_down=True)
 
 # ImageNet form: the arguments of timm's ResNet
 BACKBONES: Dict[str, Dict[str, Any]] = {
@@ -105,7 +105,7 @@ def _cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
 
 def _models() -> Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]]:
     """name: (class, arguments, cfg, docstring) of every model."""
-    models = {}
+    models: Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]] = {}
     for backbone, args in BACKBONES.items():
         first_conv = 'conv1.0' if args.get('stem_type') else 'conv1'
         for cell, cell_class in CELLS.items():

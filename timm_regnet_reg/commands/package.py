@@ -136,7 +136,7 @@ def read_checkpoint(path: str, use_ema: bool = False) -> Tuple[Dict[str, torch.T
             raise UserError(
                 f'{path}: {key!r} holds {name!r}, which is no tensor; take another checkpoint of the same run'
             )
-    return clean_state_dict(checkpoint[key]), vars(checkpoint['args']), checkpoint['epoch'] + 1
+    return clean_state_dict(checkpoint[key]), dict(vars(checkpoint['args'])), checkpoint['epoch'] + 1
 
 
 def _may_be_place(value: Any) -> bool:
