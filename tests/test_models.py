@@ -291,9 +291,12 @@ def load_by_suffix(wrapper, model):
     return wrapper.eval()
 
 
-@pytest.mark.parametrize('indices', [None, (1, 3), (-2,)], ids=str)
+@pytest.mark.parametrize(
+    'net, indices',
+    [('cifar', None), ('basic', None), ('bottleneck d', None), ('se groups', (1, 3)), ('partly', (-2,))],
+    ids=str,
+)
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'fx', 'getter'])
-@pytest.mark.parametrize('net', ONE_OF_EACH)
 def test_feature_extractors_give_the_intermediate_features(net, feature_cls, indices):
     model = lively(net)
     x = images(net)
@@ -719,7 +722,7 @@ def test_exports_for_any_batch_and_image_size(net):
             assert_close(exported.module()(x), model(x), 1e-5, str(size))
 
 
-@pytest.mark.parametrize('net', NETS)
+@pytest.mark.parametrize('net', ONE_OF_EACH)
 def test_scripts(net):
     model = lively(net)
     x = images(net)

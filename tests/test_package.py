@@ -316,6 +316,23 @@ def test_arguments_of_the_network_are_kept(trained, package, tmp_path):
     assert folder.config['model_args'].items() >= arguments.items() and 'cache_dir' not in folder.config['model_args']
 
 
+def test_network_of_a_backbone_without_a_name_of_its_own_is_kept(trained, package, tmp_path):
+    """As `train.py --model regnet_reg --model-kwargs backbone=… cell=…` trains it."""
+    arguments = {'backbone': 'cifar_resnet20', 'cell': 'convgru', 'regulated_stages': [2]}
+    model = timm.create_model('regnet_reg', num_classes=3, **arguments).eval()
+
+    def change(checkpoint):
+        checkpoint['args'].model, checkpoint['args'].model_kwargs = 'regnet_reg', arguments
+        checkpoint['args'].input_size = [3, 32, 32]
+        checkpoint['state_dict'] = model.state_dict()
+
+    path = changed_checkpoint(trained, tmp_path / 'generic.pth.tar', change)
+    assert package(path, model='regnet_reg')[0] == 0
+    loaded = timm.create_model(f'local-dir:{tmp_path}/out/regnet_reg.tiny', pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model(images))
+
+
 PLACES = {
     'initial_checkpoint': 'last.pth.tar',
     'pretrained_path': '/home/me/weights.pth',

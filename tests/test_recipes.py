@@ -1,7 +1,7 @@
 """The recipes in train_recipes/, held against the papers' figures and against timm's own train.py.
 
-train.py is not part of timm's package. The tests that need it read its path from the environment variable
-TIMM_TRAIN_SCRIPT, and are skipped when that isn't set:
+train.py is not part of timm's package. What its parser knows is in train_options.json. The tests that run train.py, or
+compare that file with it, are skipped unless the environment variable TIMM_TRAIN_SCRIPT is its path:
 
     git clone --depth 1 https://github.com/huggingface/pytorch-image-models
     TIMM_TRAIN_SCRIPT=$PWD/pytorch-image-models/train.py pytest tests/test_recipes.py
@@ -10,7 +10,9 @@ TIMM_TRAIN_SCRIPT, and are skipped when that isn't set:
 import argparse
 import copy
 import importlib.util
+import json
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -28,6 +30,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs
 
 import timm_regnet_reg  # noqa: F401  (registers the models)
+from timm_regnet_reg.commands.reproduce import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / 'train_recipes').glob('*.yaml'))}
@@ -40,14 +43,7 @@ def load(name):
     return yaml.safe_load(RECIPES[name].read_text())
 
 
-@pytest.fixture(scope='module')
-def train_script():
-    path = os.environ.get('TIMM_TRAIN_SCRIPT')
-    if not path:
-        reason = "TIMM_TRAIN_SCRIPT is not set to the path of timm's train.py"
-        print(reason)
-        pytest.skip(reason)
-    return Path(path)
+OPTIONS = ROOT / 'tests' / 'train_options.json'
 
 
 def load_script(path):
@@ -58,9 +54,73 @@ def load_script(path):
     return module
 
 
+def describe(train_script):
+    """What the parsers of train.py and validate.py know, by script and flags, as data."""
+    options = {'timm': re.search("'(.*)'", (train_script.parent / 'timm' / 'version.py').read_text())[1]}
+    for name in 'train.py', 'validate.py':
+        module = load_script(train_script.with_name(name))
+        actions = [action for action in module.parser._actions if action.dest != 'help']
+        if name == 'train.py':
+            actions += module.config_parser._actions
+        options[name] = {
+            ' '.join(action.option_strings) or action.dest: {
+                key: value
+                for key, value in {
+                    'dest': action.dest,
+                    'type': action.type and action.type.__name__,
+                    'nargs': 'ParseKwargs' if isinstance(action, ParseKwargs) else action.nargs,
+                    'choices': action.choices and list(action.choices),
+                }.items()
+                if value is not None
+            }
+            for action in actions
+        }
+    return options
+
+
+def create_parser(options):
+    parser = argparse.ArgumentParser()
+    for flags, option in options.items():
+        kwargs = dict(option)
+        if not flags.startswith('-'):
+            del kwargs['dest']
+        if 'type' in kwargs:
+            kwargs['type'] = {'int': int, 'float': float, 'str': str}[kwargs['type']]
+        if option.get('nargs') == 'ParseKwargs':
+            kwargs.update(nargs='*', action=ParseKwargs)
+        elif option.get('nargs') == 0:
+            kwargs = dict(dest=option['dest'], action='store_true')
+        parser.add_argument(*flags.split(), **kwargs)
+    return parser
+
+
 @pytest.fixture(scope='module')
-def train_parser(train_script):
-    return load_script(train_script).parser
+def train_script():
+    path = os.environ.get('TIMM_TRAIN_SCRIPT')
+    if not path:
+        reason = "TIMM_TRAIN_SCRIPT is not set to the path of timm's train.py"
+        print(reason)
+        pytest.skip(reason)
+    return Path(path)
+
+
+@pytest.fixture(scope='module')
+def parsers():
+    """Parsers that know what those of the scripts know."""
+    options = json.loads(OPTIONS.read_text())
+    return {name: create_parser(options[name]) for name in ('train.py', 'validate.py')}
+
+
+@pytest.fixture(scope='module')
+def train_parser(parsers):
+    return parsers['train.py']
+
+
+def test_options_are_those_of_timms_scripts(train_script):
+    known, real = json.loads(OPTIONS.read_text()), describe(train_script)
+    for name in 'train.py', 'validate.py':  # scripts of another version may know more
+        changed = {flags: real[name].get(flags) for flags in known[name] if real[name].get(flags) != known[name][flags]}
+        assert not changed, f'of timm {real["timm"]}; python tests/test_recipes.py {train_script} rewrites {OPTIONS}'
 
 
 def fits(value, action):
@@ -115,20 +175,18 @@ def commands(name):
 
 
 @recipe_names
-def test_commands_in_the_comments_name_real_models_and_options(name, train_script):
+def test_commands_in_the_comments_name_real_models_and_options(name, parsers):
     assert commands(name)
     for command in commands(name):
-        script = next(word for word in command if word in ('train.py', 'validate.py'))
-        module = load_script(train_script.with_name(script))
-        parser = module.parser
-        args = ['10' if word == 'N' else word for word in command[command.index(script) + 1 :]]
-        if script == 'train.py':
-            config, args = module.config_parser.parse_known_args(args)
-            assert (ROOT / config.config).samefile(RECIPES[name])
+        script = next(word for word in command if word in parsers)
         try:
-            args = parser.parse_args(args)
+            args = parsers[script].parse_args(
+                ['10' if word == 'N' else word for word in command[command.index(script) + 1 :]]
+            )
         except SystemExit:
             pytest.fail(f'{script} refuses: {shlex.join(command)}')
+        if script == 'train.py':
+            assert (ROOT / args.config).samefile(RECIPES[name])
         assert timm.is_model(args.model)
 
 
@@ -172,13 +230,13 @@ def test_imagenet_schedule_is_the_papers():
 
 
 def test_short_cifar_schedule_warms_up_and_ends_at_zero():
-    overrides = dict(epochs=15, sched='cosine', warmup_epochs=1, warmup_lr=0.01)
-    rates, num_epochs = learning_rates('cifar10', 390, range(16), **overrides)
-    assert num_epochs == 15
+    overrides = {key.replace('-', '_'): value for key, value in SCHEDULES['short'].items()}
+    rates, num_epochs = learning_rates('cifar10', 390, range(31), **overrides)
+    assert num_epochs == 30
     assert rates[0] == pytest.approx(0.01)
     assert rates[1] > 0.098
     assert rates[1:] == sorted(rates[1:], reverse=True)
-    assert rates[15] == pytest.approx(0, abs=1e-8)
+    assert rates[30] == pytest.approx(0, abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -235,49 +293,68 @@ def test_weight_decay_covers_what_the_paper_says(name, decayed):
     assert decays == ({args.weight_decay} if decayed else {args.weight_decay, 0.0})
 
 
-def gray(size, value=100):
-    return Image.new('RGB', (size, size), (value, value, value))
+def noise(size):
+    return torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def image(pixels):
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+cifar_recipes = pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+
+
+@cifar_recipes
 def test_cifar_images_are_validated_untouched(name):
     config = resolve_data_config(load(name), model=timm.create_model(CIFAR_MODEL))
     transform = create_transform(**config, use_prefetcher=True)
-    pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
-    assert torch.equal(torch.as_tensor(transform(Image.fromarray(pixels.numpy()))), pixels.permute(2, 0, 1))
+    pixels = noise(32)
+    assert torch.equal(torch.as_tensor(transform(image(pixels))), pixels)
 
 
-@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
-def test_cifar_training_views_shift_by_up_to_six_pixels_and_keep_their_colors(name):
-    """The papers pad by 4 and crop: a view holds 28 or more of the 32 columns; ours, resized, 26 or more."""
+@cifar_recipes
+def test_cifar_training_views_are_windows_of_the_padded_image_bit_for_bit(name):
+    """He et al., section 4.2: 4 pixels padded on each side, and a 32x32 crop of it. All 81 are seen."""
     recipe = load(name)
     transform = create_transform(
         input_size=(3, 32, 32),
         is_training=True,
         scale=recipe['scale'],
         ratio=recipe['ratio'],
-        hflip=recipe['hflip'],
+        hflip=0.0,
         color_jitter=recipe['color_jitter'],
         interpolation=recipe['train_interpolation'],
         use_prefetcher=True,
     )
-    assert all((torch.as_tensor(transform(gray(32))) == 100).all() for _ in range(20))
+    random.seed(0)
+    pixels = noise(40)
+    windows = {
+        pixels[:, top : top + 32, left : left + 32].contiguous().numpy().tobytes(): (top, left)
+        for top in range(9)
+        for left in range(9)
+    }
+    padded = image(pixels)
+    seen = [windows.get(torch.as_tensor(transform(padded)).numpy().tobytes()) for _ in range(1500)]
+    assert None not in seen
+    assert set(seen) == set(windows.values())
 
-    columns = torch.arange(32, dtype=torch.uint8)[None, :, None].expand(32, 32, 3) * 8
-    ramp = Image.fromarray(columns.contiguous().numpy())
-    seen = [torch.as_tensor(transform(ramp)).float() / 8 for _ in range(200)]
-    spans = [(view.max() - view.min()).item() + 1 for view in seen]
-    assert 25 <= min(spans) < 28 and max(spans) > 31
+
+def test_cifar100_is_normalised_by_its_own_mean_and_std():
+    """Those of cifar10.yaml are the models' own, CIFAR-10's."""
+    models = resolve_data_config(load('cifar10'), model=timm.create_model(CIFAR_MODEL))
+    own = resolve_data_config(load('cifar100'), model=timm.create_model(CIFAR_MODEL))
+    assert models['mean'] == (0.4914, 0.4822, 0.4465)
+    assert own['mean'] == (0.5071, 0.4865, 0.4409) and own['std'] == (0.2673, 0.2564, 0.2762)
 
 
 def test_cifar_recipe_needs_nothing_but_model_and_data(train_script, tmp_path):
     """The real train.py, started as the recipe's comment says, learns an epoch of eight images."""
-    for split in 'train', 'validation':
+    for split, size in ('train', 40), ('validation', 32):
         for label in range(2):
             folder = tmp_path / split / str(label)
             folder.mkdir(parents=True)
             for index in range(4):
-                gray(32, value=60 + 120 * label + index).save(folder / f'{index}.png')
+                image(noise(size)).save(folder / f'{index}.png')
     result = subprocess.run(
         [
             sys.executable,
@@ -306,3 +383,12 @@ def test_cifar_recipe_needs_nothing_but_model_and_data(train_script, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert list(tmp_path.glob('out/*/last.pth.tar'))
+
+
+if __name__ == '__main__':
+    described = describe(Path(sys.argv[1]).resolve())
+    lines = []
+    for script in 'train.py', 'validate.py':
+        options = [f'  {json.dumps(flags)}: {json.dumps(option)}' for flags, option in described[script].items()]
+        lines.append(f' "{script}": {{\n' + ',\n'.join(options) + '\n }')
+    OPTIONS.write_text(f'{{\n "timm": "{described["timm"]}",\n' + ',\n'.join(lines) + '\n}\n')

@@ -29,15 +29,16 @@ SPLITS = {'train': BORDER, 'validation': 0}
 Sample = Tuple[Image.Image, str, str]
 
 
-def _download(dataset: str, folder: Path, split: str) -> List[Sample]:
-    """The images as torchvision gives them; `folder` keeps its files."""
+def _download(dataset: str, folder: Path, split: str) -> Tuple[int, Iterator[Sample]]:
+    """The number of images, and the images as torchvision gives them; `folder` keeps its files."""
     try:
         data = DATASETS[dataset](str(folder), train=split == 'train', download=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: the checksum
         raise UserError(
             f'{dataset} could not be downloaded: {error}\nCheck the connection and try again, or give --source FOLDER'
         ) from error
-    return [(Image.fromarray(data.data[i]), data.classes[y], f'{i:05d}.png') for i, y in enumerate(data.targets)]
+    samples = ((Image.fromarray(data.data[i]), data.classes[y], f'{i:05d}.png') for i, y in enumerate(data.targets))
+    return len(data), samples
 
 
 def _read(path: Path) -> Image.Image:
@@ -92,10 +93,9 @@ def main(args: argparse.Namespace) -> None:
         partial.mkdir(parents=True)
         for split, border in SPLITS.items():
             if args.source:
-                samples, total = _open(files[split]), len(files[split])
+                total, samples = len(files[split]), _open(files[split])
             else:
-                samples = _download(args.dataset, partial / 'download', split)
-                total = len(samples)
+                total, samples = _download(args.dataset, partial / 'download', split)
             for image, label, name in tqdm(samples, desc=split, total=total, unit='image'):
                 target = partial / split / label
                 target.mkdir(parents=True, exist_ok=True)

@@ -5,10 +5,10 @@
 
 The network is folded first (timm's reparameterize_model). The file takes `images` (batch, channels, height, width) in
 batches of any size, in the image size of the model's config and normalised as it says, and gives `logits`. It is run in
-ONNX Runtime and compared with the PyTorch model before it is kept.
+ONNX Runtime and compared with the PyTorch model before it is kept, all on the CPU.
 
 With --int8, net.int8.onnx is written beside net.onnx: quantised by ONNX Runtime, calibrated on 512 images of
-DIR/train/<class>/<image>. Both files are then scored on DIR/validation/<class>/<image>.
+DIR/train/<class>/<image>. Both files are scored on DIR/validation/<class>/<image>.
 """
 
 import argparse
@@ -78,6 +78,7 @@ def export_onnx(model: nn.Module, path) -> None:
         dynamic_shapes=({0: 'batch'},),
         verbose=False,
     )
+    assert program is not None  # as it is with dynamo=True
     ClearMetadataAndDocStringPass()(program.model)  # each node's stack trace, with this machine's paths
     program.save(path, external_data=False)
 

@@ -2,7 +2,8 @@
 
 The folder `{output}/{model}.{tag}/` is byte for byte the Hub repository it can become: `config.json` (timm's format,
 with label names and the weights' SHA-256), `model.safetensors` and `README.md` (the model card). The weights are
-scored on the data's validation split on the way, and the score goes into the card.
+scored on the data's validation split on the way, and the score goes into the card. An earlier folder is replaced, but
+one whose card was edited by hand only with --overwrite.
 """
 
 import argparse

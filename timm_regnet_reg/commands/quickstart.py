@@ -10,7 +10,7 @@ trains stays in the folder regnet_reg_resnet20_convlstm.digits, to be used and l
 import argparse
 import time
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import timm
 import torch
@@ -53,7 +53,7 @@ class Digits(torch.utils.data.Dataset):
     def __init__(self, images, labels) -> None:
         self.images = [Image.fromarray((image * (255 / 16)).astype('uint8')).convert('RGB') for image in images]
         self.labels = labels.tolist()
-        self.transform: Any = None
+        self.transform: Callable[[Image.Image], torch.Tensor]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -21,6 +21,7 @@ standard deviation over seeds, beside the papers', and draws it over the paramet
 """
 
 import argparse
+import ast
 import csv
 import ctypes
 import fcntl
@@ -48,17 +49,20 @@ from ..support.counting import count
 
 
 class Row(NamedTuple):
-    """A row of the papers' tables: a model, its arguments, and its errors (%) on CIFAR-10 and CIFAR-100."""
+    """A row of the papers' tables: a model, its errors (%) there, and its arguments as --model-kwargs takes them."""
 
     model: str
     cifar10: float
     cifar100: float
-    kwargs: Dict[str, Any] = {}
+    arguments: str = ''
 
     @property
-    def arguments(self) -> str:
-        """As train.py's --model-kwargs takes them."""
-        return ' '.join(f'{key}={value}' for key, value in self.kwargs.items())
+    def kwargs(self) -> Dict[str, Any]:
+        pairs = (argument.split('=') for argument in self.arguments.split())
+        return {key: ast.literal_eval(value) for key, value in pairs}
+
+    def __str__(self) -> str:
+        return ' '.join(filter(None, (self.model, self.arguments)))
 
 
 TABLES: Dict[str, List[Row]] = {
@@ -75,12 +79,12 @@ TABLES: Dict[str, List[Row]] = {
         Row('regnet_reg_seresnet20_convlstm', 6.98, 29.02),
     ],
     'stages': [
-        Row('regnet_reg_resnet20_convgru', 7.52, 30.40, {'regulated_stages': (1,)}),
-        Row('regnet_reg_resnet20_convgru', 7.48, 30.34, {'regulated_stages': (2,)}),
-        Row('regnet_reg_resnet20_convgru', 7.49, 30.30, {'regulated_stages': (3,)}),
-        Row('regnet_reg_resnet20_convlstm', 7.56, 30.23, {'regulated_stages': (1,)}),
-        Row('regnet_reg_resnet20_convlstm', 7.49, 30.28, {'regulated_stages': (2,)}),
-        Row('regnet_reg_resnet20_convlstm', 7.52, 29.92, {'regulated_stages': (3,)}),
+        Row('regnet_reg_resnet20_convgru', 7.52, 30.40, 'regulated_stages=(1,)'),
+        Row('regnet_reg_resnet20_convgru', 7.48, 30.34, 'regulated_stages=(2,)'),
+        Row('regnet_reg_resnet20_convgru', 7.49, 30.30, 'regulated_stages=(3,)'),
+        Row('regnet_reg_resnet20_convlstm', 7.56, 30.23, 'regulated_stages=(1,)'),
+        Row('regnet_reg_resnet20_convlstm', 7.49, 30.28, 'regulated_stages=(2,)'),
+        Row('regnet_reg_resnet20_convlstm', 7.52, 29.92, 'regulated_stages=(3,)'),
     ],
     'depth': [
         Row('cifar_resnet32', 7.54, 29.86),
@@ -116,6 +120,10 @@ COLUMNS = IDENTITY + MEASURED + PROVENANCE
 ALIKE = ['dataset', 'schedule', 'epochs', 'precision', 'device', 'recipe', 'images']
 
 
+# a process that was killed, and what it started, may take that long to end
+LOCK_SECONDS = 10
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -126,26 +134,30 @@ def _replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _lock(folder: Path, wait: bool) -> int:
+def _lock(folder: Path, seconds: float) -> int:
     """Locks a folder until its file descriptor is closed here and in all processes that inherited it.
 
     Raises:
-        BlockingIOError: Another process holds it, unless `wait`.
+        BlockingIOError: Another process holds it for longer than these seconds.
     """
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(descriptor)
+                raise
+            time.sleep(0.1)
 
 
 def train_options(row: Row, dataset: str, schedule: str, precision: str, device: str, seed: int) -> List[str]:
     """What train.py is given, but for folders."""
     return [
         *('--config', f'train_recipes/{dataset}.yaml', '--model', row.model),
-        *(['--model-kwargs', *row.arguments.split()] if row.kwargs else []),
+        *(['--model-kwargs', *row.arguments.split()] if row.arguments else []),
         *(word for key, value in SCHEDULES[schedule].items() for word in (f'--{key}', str(value))),
         *PRECISIONS[precision],
         *('--device', device, '--seed', str(seed), '--checkpoint-hist', '1'),
@@ -215,7 +227,7 @@ def read_results(path: Path) -> List[Dict[str, str]]:
 def add_result(path: Path, result: Dict[str, Any]) -> None:
     """Adds a row, in the order of the tables and seeds; other processes may do so at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _lock(path.parent, wait=True)
+    lock = _lock(path.parent, seconds=60)
     try:
         order = {(row.model, row.arguments): index for index, row in enumerate(ROWS)}
         results = [*read_results(path), {key: str(value) for key, value in result.items()}]
@@ -260,7 +272,7 @@ class Run:
         self.seconds = 0.0  # of them
 
     def __str__(self) -> str:
-        return f'{self.row.model}{f" {self.row.arguments}" if self.row.kwargs else ""}, seed {self.seed}'
+        return f'{self.row}, seed {self.seed}'
 
     def check(self, results: List[Dict[str, str]]) -> bool:
         """Whether the run is among the results.
@@ -295,7 +307,7 @@ class Run:
             BlockingIOError: Another process trains this run.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(self.folder, wait=False)
+        lock = _lock(self.folder, LOCK_SECONDS)
         try:
             _replace(self.folder / 'settings.json', json.dumps(self.settings, indent=1))
             checkpoint, self.done = newest_checkpoint(self.folder)
@@ -365,7 +377,7 @@ class Run:
         last = read_summary(self.folder)[self.epochs - 1]
         classes = int(self.facts['dataset'].removeprefix('cifar'))
         model = timm.create_model(self.row.model, num_classes=classes, device='meta', **self.row.kwargs).eval()
-        parameters, multiply_adds = count(model, torch.empty(1, *model.default_cfg['input_size'], device='meta'))
+        parameters, multiply_adds = count(model, torch.empty(1, 3, 32, 32, device='meta'))
         return {
             **self.facts,
             'top1': round(last['eval_top1'], 3),
@@ -400,7 +412,9 @@ def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: in
     Returns:
         What went wrong, a message a run.
     """
-    waiting, running, failed = list(runs), [], []
+    waiting = list(runs)
+    running: List[Run] = []
+    failed: List[str] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     try:
         while waiting or running:
@@ -444,9 +458,9 @@ def _groups(results: List[Dict[str, str]]) -> Dict[Tuple[str, ...], Dict[Row, Li
     """Results that may be compared, by what they have in common; in each, the results of every row that has any."""
     groups: Dict[Tuple[str, ...], Dict[Row, List[Dict[str, str]]]] = {}
     for result in results:
-        row = next(row for row in ROWS if (row.model, row.arguments) == (result['model'], result['arguments']))
-        groups.setdefault(tuple(result[key] for key in ALIKE), {}).setdefault(ROWS.index(row), []).append(result)
-    return {alike: {ROWS[index]: group[index] for index in sorted(group)} for alike, group in sorted(groups.items())}
+        [row] = (row for row in ROWS if (row.model, row.arguments) == (result['model'], result['arguments']))
+        groups.setdefault(tuple(result[key] for key in ALIKE), {}).setdefault(row, []).append(result)
+    return groups
 
 
 def _title(alike: Tuple[str, ...]) -> str:
@@ -477,7 +491,7 @@ def report(results: List[Dict[str, str]]) -> str:
             mean, deviation = _error(runs)
             loss = statistics.mean(float(run['train_loss']) for run in runs)
             lines.append(
-                f'| {row.model}{f" {row.arguments}" if row.kwargs else ""} '
+                f'| {row} '
                 f'| {int(runs[0]["parameters"]) / 1e6:.3f}M | {int(runs[0]["multiply_adds"]) / 1e6:.1f}M '
                 f'| {mean:.2f}{f" ± {deviation:.2f}" if len(runs) > 1 else ""} | {len(runs)} '
                 f'| {loss:.3f} | {getattr(row, alike[0]):.2f} |'
@@ -491,7 +505,7 @@ def draw(results: List[Dict[str, str]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError(f"the plot needs matplotlib ({error}); pip install 'timm-regnet-reg[bench]'") from error
+        raise UserError(f"the plot needs matplotlib ({error}); pip install 'timm-regnet-reg[plots]'") from error
     groups = _groups(results)
     figure = Figure(figsize=(6 * len(groups), 4.5), layout='constrained')
     for axes, (alike, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items()):
@@ -505,9 +519,8 @@ def draw(results: List[Dict[str, str]], path: Path) -> None:
             papers = [getattr(row, alike[0]) for row in chosen]
             axes.plot(millions, papers, 'o', fillstyle='none', color=f'C{color}')
             for x, y, row in zip(millions, means, chosen):
-                name = ' '.join(
-                    word for word in (row.model.split('_')[-2 if kind != 'plain' else -1], row.arguments) if word
-                )
+                backbone = row.model.split('_')[-1 if kind == 'plain' else -2]
+                name = f'{backbone} {row.arguments.removeprefix("regulated_")}'
                 axes.annotate(name, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
         axes.set(title=_title(alike).replace(', recipe', ',\nrecipe'), xlabel='parameters, millions', ylabel='error, %')
         axes.legend(title="hollow: papers'")
@@ -534,11 +547,11 @@ def main(args: argparse.Namespace) -> None:
     """
     results = Path(args.results, f'{args.dataset}.csv')
     if args.report:
-        rows = read_results(results)
-        if not rows:
+        known = read_results(results)
+        if not known:
             raise UserError(f'{results}: no results yet; train first')
-        print(report(rows))
-        draw(rows, results.with_suffix('.png'))
+        print(report(known))
+        draw(known, results.with_suffix('.png'))
         return
 
     if not args.train_py or not args.data_dir:

@@ -331,7 +331,10 @@ def _read_config(path: Path) -> Dict[str, Any]:
 
 def _check_use(folder: Path, model: torch.nn.Module) -> None:
     """Classifies an image as anybody would who loads the folder, and compares with the weights that are in it."""
-    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    try:
+        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    except Exception as error:  # timm's loader raises whatever it stumbles over
+        raise UserError(f'{folder}: timm cannot load it ({reason(error)}); run `package` again') from error
     expected, logits = (try_image(m, resolve_data_config(model=m), folder / CONFIG) for m in (model, loaded))
     if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):
         raise UserError(

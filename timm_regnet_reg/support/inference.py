@@ -46,7 +46,7 @@ class Prediction(NamedTuple):
     """A class, the classifier's index of it, and its probability from 0 to 1."""
 
     label: str
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method of that name has no use here
     probability: float
 
 

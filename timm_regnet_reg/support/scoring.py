@@ -111,8 +111,8 @@ class ImageFolder(ImageDataset):
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         try:
             file, label = self.reader[index]
-            with file, Image.open(file) as image:
-                image = convert(image, self.input_img_mode)
+            with file, Image.open(file) as opened:
+                image = convert(opened, self.input_img_mode)
         except Exception as error:  # decoders raise whatever they stumble over in a damaged file
             name = self.filename(index, absolute=True)
             raise UserError(

@@ -1,0 +1,143 @@
+"""`cifar` writes the images exactly, or nothing."""
+
+import functools
+import hashlib
+import io
+import pickle
+import re
+import tarfile
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from timm_regnet_reg.__main__ import main
+
+CLASSES = [f'class{i}' for i in range(10)]
+
+
+def pixels(index):
+    return np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """An image of each class in train and validation."""
+    for offset, split in (0, 'train'), (10, 'validation'):
+        for index, label in enumerate(CLASSES):
+            folder = tmp_path / 'source' / split / label
+            folder.mkdir(parents=True)
+            Image.fromarray(pixels(offset + index)).save(folder / 'a.png')
+    return tmp_path / 'source'
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """torchvision's CIFAR10 with another archive to download, of ten images a split."""
+
+    def batch(offset):
+        rows = np.stack([pixels(offset + i).transpose(2, 0, 1).ravel() for i in range(10)])
+        return pickle.dumps({'data': rows, 'labels': list(range(10))})
+
+    files = {'data': batch(0), 'test': batch(10), 'meta': pickle.dumps({'label_names': CLASSES})}
+    path = tmp_path / CIFAR10.filename
+    with tarfile.open(path, 'w:gz') as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f'{CIFAR10.base_folder}/{name}')
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(CIFAR10, 'url', f'http://127.0.0.1:{server.server_port}/{path.name}')
+    monkeypatch.setattr(CIFAR10, 'tgz_md5', hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, 'train_list', [['data', md5['data']]])
+    monkeypatch.setattr(CIFAR10, 'test_list', [['test', md5['test']]])
+    monkeypatch.setattr(CIFAR10, 'meta', {'filename': 'meta', 'key': 'label_names', 'md5': md5['meta']})
+    yield path
+    server.shutdown()
+
+
+def check(folder):
+    for offset, split, size in (0, 'train', 40), (10, 'validation', 32):
+        border = (size - 32) // 2
+        files = sorted((folder / split).rglob('*.png'))
+        assert [file.parent.name for file in files] == CLASSES
+        for index, file in enumerate(files):
+            expected = np.zeros((size, size, 3), dtype=np.uint8)
+            expected[border : border + 32, border : border + 32] = pixels(offset + index)
+            assert np.array_equal(np.asarray(Image.open(file)), expected)
+    assert {path.name for path in folder.iterdir()} == {'train', 'validation'}
+
+
+def hidden(tmp_path):
+    return [path.name for path in tmp_path.iterdir() if path.name.startswith('.')]
+
+
+def test_images_of_a_folder_are_padded_and_otherwise_exact(source, tmp_path):
+    (tmp_path / '.out.partial' / 'train').mkdir(parents=True)  # of a process that was killed
+    (tmp_path / 'out').mkdir()
+    assert main(['cifar', str(tmp_path / 'out'), '--source', str(source)]) == 0
+    check(tmp_path / 'out')
+    assert not hidden(tmp_path)
+
+
+def test_images_that_torchvision_downloads_are_padded_and_otherwise_exact(archive, tmp_path):
+    assert main(['cifar', str(tmp_path / 'out')]) == 0
+    check(tmp_path / 'out')
+    assert not hidden(tmp_path)
+
+
+def test_a_damaged_download_leaves_nothing(archive, tmp_path, capsys):
+    archive.write_bytes(archive.read_bytes()[:-10])
+    assert main(['cifar', str(tmp_path / 'out')]) == 1
+    assert 'could not be downloaded' in capsys.readouterr().err
+    assert not hidden(tmp_path) and not (tmp_path / 'out').exists()
+
+
+def other_size(source):
+    Image.new('RGB', (33, 32)).save(source / 'validation' / 'class9' / 'a.png')
+
+
+def gray(source):
+    Image.new('L', (32, 32)).save(source / 'train' / 'class9' / 'a.png')
+
+
+def damage(source):
+    file = source / 'train' / 'class3' / 'a.png'
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def no_validation(source):
+    (source / 'validation').rename(source / 'test')
+
+
+def other_class(source):
+    (source / 'validation' / 'class4').rename(source / 'validation' / 'dog')
+
+
+@pytest.mark.parametrize(
+    'spoil, message',
+    [
+        (other_size, 'is 33x32'),
+        (gray, r'is 32x32 \(L\)'),
+        (damage, 'cannot be read'),
+        (no_validation, 'of 0 classes'),
+        (other_class, 'only one of them has class4, dog'),
+    ],
+)
+def test_a_source_that_is_not_cifar_is_refused_and_leaves_nothing(spoil, message, source, tmp_path, capsys):
+    spoil(source)
+    assert main(['cifar', str(tmp_path / 'out'), '--source', str(source)]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not hidden(tmp_path) and not (tmp_path / 'out').exists()
+
+
+def test_a_folder_with_something_in_it_is_kept(source, tmp_path, capsys):
+    assert main(['cifar', str(source), '--source', str(source)]) == 1
+    assert 'not empty' in capsys.readouterr().err
+    assert len(list(source.rglob('*.png'))) == 20

@@ -1,0 +1,242 @@
+"""`reproduce`: what it hands to train.py, what it takes up again, and the tables that it makes of the results.
+
+The tests that train need timm's train.py; see test_recipes.py.
+"""
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from test_recipes import parsers, train_script  # noqa: F401, fixtures
+
+from timm_regnet_reg.__main__ import main
+from timm_regnet_reg.arguments import _reproduce
+from timm_regnet_reg.commands import reproduce
+from timm_regnet_reg.commands.reproduce import COLUMNS, ROWS, SCHEDULES, TABLES, Run
+from timm_regnet_reg.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = yaml.safe_load((ROOT / 'train_recipes' / 'cifar10.yaml').read_text())
+
+
+def arguments(tmp_path, *more):
+    parser = argparse.ArgumentParser()
+    _reproduce(parser)
+    folders = ['--output', str(tmp_path / 'runs'), '--results', str(tmp_path / 'results')]
+    return parser.parse_args([*folders, *more])
+
+
+def create_run(tmp_path, *more, row=ROWS[0], seed=0, recipe=RECIPE):
+    return Run(row, seed, arguments(tmp_path, *more), recipe, {'train': 50000, 'validation': 5000})
+
+
+def begin(run):
+    run.folder.mkdir(parents=True)
+    (run.folder / 'settings.json').write_text(json.dumps(run.settings))
+
+
+def create_result(row, seed, top1, **more):
+    result = dict.fromkeys(COLUMNS, '1')
+    result.update(model=row.model, arguments=row.arguments, dataset='cifar10', schedule='short', precision='bf16')
+    return {**result, 'seed': seed, 'top1': top1, 'parameters': 272474, 'multiply_adds': 40813, **more}
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+@pytest.mark.parametrize('row', ROWS, ids=str)
+def test_train_py_understands_every_row(row, schedule, parsers):  # noqa: F811
+    options = reproduce.train_options(row, 'cifar10', schedule, 'bf16', 'cpu', 7)
+    args = parsers['train.py'].parse_args(options)
+    assert (args.model, args.seed, args.model_kwargs or {}) == (row.model, 7, row.kwargs)
+    assert args.amp and args.amp_dtype == 'bfloat16' and args.torchcompile == 'inductor'
+    assert args.epochs == (30 if schedule == 'short' else None)  # the recipe's 164
+    timm.create_model(args.model, device='meta', **row.kwargs)
+
+
+def test_arguments_offer_the_tables_and_schedules():
+    parser = argparse.ArgumentParser()
+    _reproduce(parser)
+    choices = {action.dest: action.choices for action in parser._actions}
+    assert (set(choices['table']), set(choices['schedule'])) == (set(TABLES), set(SCHEDULES))
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(recipe={**RECIPE, 'momentum': 0.8}),
+        dict(more=['--schedule', 'papers'], only_results=True),
+        dict(more=['--float32'], only_results=True),
+        dict(row=ROWS[1], only_results=True),
+        dict(seed=1, only_results=True),
+    ],
+)
+def test_settings_never_mix(change, tmp_path):
+    """Another recipe is refused; another schedule, precision, row or seed is another run."""
+    separate = change.pop('only_results', False)
+    run, other = create_run(tmp_path), create_run(tmp_path, *change.pop('more', []), **change)
+    begin(run)
+    results = [{**dict.fromkeys(COLUMNS, '1'), **run.facts}]
+    assert run.check(results) and not run.check([])
+    if separate:
+        assert other.folder != run.folder and not other.check(results)
+        return
+    for known in results, []:  # by the results, and by the folder
+        with pytest.raises(UserError, match='other settings'):
+            other.check(known)
+
+
+def test_a_folder_of_unknown_origin_is_not_continued(tmp_path):
+    run = create_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    (run.folder / 'last.pth.tar').touch()
+    with pytest.raises(UserError, match='other settings'):
+        run.check([])
+
+
+def test_comments_of_a_recipe_are_no_settings(tmp_path):
+    text = (ROOT / 'train_recipes' / 'cifar10.yaml').read_text()
+    without = '\n'.join(line.split('#')[0] for line in text.splitlines())
+    assert create_run(tmp_path, recipe=yaml.safe_load(without)).facts == create_run(tmp_path).facts
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path):
+    assert reproduce.newest_checkpoint(tmp_path) == (None, 0)
+    for name, epoch in ('checkpoint-3', 3), ('last', 5), ('tmp', 6):
+        state = {'epoch': epoch, 'args': argparse.Namespace(model_kwargs={'a': (1,)}), 'x': torch.zeros(10000)}
+        torch.save(state, tmp_path / f'{name}.pth.tar')
+    assert reproduce.newest_checkpoint(tmp_path) == (tmp_path / 'tmp.pth.tar', 7)
+    for name, expected in ('tmp', ('last', 6)), ('last', ('checkpoint-3', 4)):
+        file = tmp_path / f'{name}.pth.tar'
+        file.write_bytes(file.read_bytes()[:20000])
+        assert reproduce.newest_checkpoint(tmp_path) == (tmp_path / f'{expected[0]}.pth.tar', expected[1])
+
+
+def test_summary_of_a_run_that_was_resumed_counts_each_epoch_once(tmp_path):
+    header = 'epoch,train_loss,eval_top1\n'
+    (tmp_path / 'summary.csv').write_text(f'{header}0,2.0,30\n1,1.5,40\n{header}1,1.4,41\n2,1.3')
+    assert reproduce.read_summary(tmp_path) == {
+        0: {'epoch': 0, 'train_loss': 2.0, 'eval_top1': 30},
+        1: {'epoch': 1, 'train_loss': 1.4, 'eval_top1': 41},
+    }
+
+
+def test_results_are_kept_in_the_order_of_the_tables(tmp_path):
+    path = tmp_path / 'results' / 'cifar10.csv'
+    stage = TABLES['stages'][0]
+    for row, seed in (stage, 0), (ROWS[1], 1), (ROWS[0], 1), (ROWS[1], 0):
+        reproduce.add_result(path, create_result(row, seed, 91))
+    found = [(result['model'], result['arguments'], result['seed']) for result in reproduce.read_results(path)]
+    plain, rnn = ROWS[0].model, ROWS[1].model
+    assert found == [(plain, '', '1'), (rnn, '', '0'), (rnn, '', '1'), (stage.model, 'regulated_stages=(1,)', '0')]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_report_has_mean_deviation_and_seeds_and_keeps_precisions_apart(tmp_path, capsys):
+    """91, 92 and 93 % are errors of 8 ± 1 %; the papers' are SPEC's."""
+    path = tmp_path / 'results' / 'cifar10.csv'
+    for seed, top1 in enumerate((91, 92, 93)):
+        reproduce.add_result(path, create_result(ROWS[0], seed, top1))
+    reproduce.add_result(path, create_result(ROWS[3], 0, 92.5))
+    reproduce.add_result(path, create_result(ROWS[0], 0, 90, precision='float32'))
+    command = ['reproduce', '--report', '--results', str(path.parent)]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith(('| cifar', '| regnet'))]
+    assert lines == [
+        '| cifar_resnet20 | 0.272M | 0.0M | 8.00 ± 1.00 | 3 | 1.000 | 8.38 |',
+        '| regnet_reg_resnet20_convlstm | 0.272M | 0.0M | 7.50 | 1 | 1.000 | 7.28 |',
+        '| cifar_resnet20 | 0.272M | 0.0M | 10.00 | 1 | 1.000 | 8.38 |',
+    ]
+    picture = path.with_suffix('.png').read_bytes()
+    assert main(command) == 0 and path.with_suffix('.png').read_bytes() == picture
+    assert Image.open(path.with_suffix('.png')).size == (1200, 450)
+
+
+@pytest.mark.parametrize(
+    'more, message',
+    [
+        (['--report'], 'no results yet'),
+        ([], 'TRAIN_PY and --data-dir'),
+        (['nowhere.py', '--data-dir', '.'], 'no such file'),
+        ([__file__, '--data-dir', 'nowhere'], 'PNG images of 0 classes'),
+    ],
+)
+def test_what_is_missing_is_said_at_once(more, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(['reproduce', *more, '--results', str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def data(tmp_path):
+    """One batch to train on, and an image a class to score."""
+    for split, size, number in ('train', 40, 13), ('validation', 32, 1):
+        for label in range(10):
+            folder = tmp_path / 'data' / split / f'class{label}'
+            folder.mkdir(parents=True)
+            for index in range(number):
+                pixels = np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f'{index}.png')
+    return tmp_path / 'data'
+
+
+def test_images_that_are_not_padded_are_refused(data):
+    for file in (data / 'train').rglob('*.png'):
+        Image.open(file).resize((32, 32)).save(file)
+    with pytest.raises(UserError, match='images of 32x32, expected 40x40'):
+        reproduce.check_data(str(data), 'cifar10')
+
+
+def test_a_run_survives_sigkill_and_is_skipped_when_done(train_script, data, tmp_path, monkeypatch, capfd):  # noqa: F811
+    """Killed after some epochs, it goes on after them, and its process with it; a second start has nothing to do."""
+    monkeypatch.chdir(ROOT)
+    command = ['reproduce', str(train_script), '--data-dir', str(data), '--models', 'cifar_resnet20', '--float32']
+    command += ['--output', str(tmp_path / 'runs'), '--results', str(tmp_path / 'results')]
+    process = subprocess.Popen([sys.executable, '-m', 'timm_regnet_reg', *command], stdout=subprocess.PIPE, text=True)
+    begun = next(line for line in process.stdout if 'epoch 3 of 30' in line or 'epoch 4 of 30' in line)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    assert main(command) == 0
+    out = capfd.readouterr().out
+    assert 'goes on after epoch' in out and 'epoch 30 of 30' in out and 'epoch 2 of 30' not in out, (begun, out)
+    [result] = reproduce.read_results(tmp_path / 'results' / 'cifar10.csv')
+    [folder] = (tmp_path / 'runs').iterdir()
+    with open(folder / 'summary.csv') as file:
+        last = [line for line in csv.reader(file)][-1]
+    assert last[0] == '29' and float(result['top1']) == pytest.approx(float(last[3]), abs=1e-3)
+    assert (result['images'], result['parameters'], result['epochs']) == ('10', '272474', '30')
+    assert reproduce.newest_checkpoint(folder)[1] == 30
+
+    assert main(command) == 0
+    assert '1 of 1 runs were done before' in capfd.readouterr().out
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(data, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    script = tmp_path / 'train.py'
+    script.write_text('raise SystemExit("out of disk")')
+    folders = ['--output', str(tmp_path / 'runs'), '--results', str(tmp_path / 'results')]
+    models = ['cifar_resnet20', 'regnet_reg_resnet20_convgru']
+    assert main(['reproduce', str(script), '--data-dir', str(data), '--models', *models, '--jobs', '2', *folders]) == 1
+    assert '2 of 2 runs failed' in (err := capfd.readouterr().err) and 'out of disk' in err
+
+
+def test_a_run_in_use_by_another_process_is_left_alone(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, 'LOCK_SECONDS', 0)
+    run = create_run(tmp_path)
+    begin(run)
+    lock = reproduce._lock(run.folder, seconds=0)
+    with pytest.raises(BlockingIOError):
+        run.start('train.py', str(data), 1)
+    os.close(lock)
