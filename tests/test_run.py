@@ -152,7 +152,7 @@ BAR = 'from tqdm import tqdm; bar = tqdm(total=2); bar.update(); '
         ('raise KeyboardInterrupt', '{command}', {}, 130, '', ''),
         ('raise MemoryError("2 TB")', '{command}', {}, 1, '', 'regnet-reg: error: out of memory (2 TB); give a'),
         ('raise ValueError("unforeseen")', '{command}', {}, 1, '', 'ValueError: unforeseen\n'),
-        ('raise BrokenPipeError("of a connection")', '{command}', {}, 1, '', 'BrokenPipeError: of a connection\n'),
+        ('raise BrokenPipeError("of a connection")', '{command}', {}, 1, '\n', 'BrokenPipeError: of a connection\n'),
         ('print("x\\n" * 10**6)', '{command} | head -1', {}, 141, 'x\n', ''),
         ('print("all")', '{command} >&-', {}, 0, '', ''),
         ('print("all", file=sys.stderr); print("out")', '{command} 2>&-', {}, 0, 'out\n', ''),

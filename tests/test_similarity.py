@@ -236,7 +236,7 @@ def test_missing_matplotlib_is_told(run, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     code, _, err = run()
     assert code == 1
-    assert 'pip install "timm-regnet-reg[bench]"' in err
+    assert 'pip install "timm-regnet-reg[plots]"' in err
 
 
 def test_other_networks_are_refused(run, monkeypatch):

@@ -11,6 +11,7 @@ import torchvision
 
 from timm_regnet_reg.commands import table
 from timm_regnet_reg.regnet_reg import BACKBONES, CIFAR_BACKBONES
+from timm_regnet_reg.support.counting import count
 
 README = Path(__file__).resolve().parents[1] / 'README.md'
 
@@ -51,9 +52,9 @@ def test_multiply_adds_of_a_regulator_are_those_of_its_convolutions(cell, first_
 
 def test_counts_grow_with_the_batch_and_work_on_real_tensors():
     model = timm.create_model('regnet_reg_resnet20_convlstm').eval()
-    parameters, one = table.count(model, torch.zeros(1, 3, 32, 32))
+    parameters, one = count(model, torch.zeros(1, 3, 32, 32))
     assert (parameters, one) == table._count('regnet_reg_resnet20_convlstm')
-    assert table.count(model, torch.zeros(3, 3, 32, 32)) == (parameters, 3 * one)
+    assert count(model, torch.zeros(3, 3, 32, 32)) == (parameters, 3 * one)
 
 
 @pytest.mark.parametrize('x, text', [(0.0408129, '0.0408'), (4.0, '4.00'), (25.557, '25.6'), (159.8, '160')])
@@ -71,10 +72,9 @@ def test_every_backbone_has_a_row(monkeypatch, capsys):
 
 
 def test_readme_shows_the_table_as_printed():
-    text = README.read_text(encoding='utf-8') if README.exists() else ''
+    """A few rows of it; .ci/run compares the whole, which takes a minute."""
+    text = README.read_text(encoding='utf-8')
     rows = dict(re.findall(r'^(?=\| (\w+) \| \d+x\d+ )(.*)$', text, re.MULTILINE))
-    if not rows:
-        pytest.skip('README has no table of models yet')
     assert list(rows) == [*BACKBONES, *CIFAR_BACKBONES]
     assert '\n'.join(table.header()) in text
     for backbone in ('resnet18', 'resnext50_2x40d', 'resnet20', 'seresnet20'):

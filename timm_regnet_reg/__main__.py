@@ -49,27 +49,25 @@ def _exit_on_signal(number: int, frame: Optional[FrameType]) -> NoReturn:
 def _prepare_process() -> None:
     """Whatever started this process: streams that take all text, and signals that let a command clean up."""
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
-        if getattr(sys, name) is None:  # closed; a file of ours would take its number, and messages of C's libraries
+        if getattr(sys, name) is None:  # closed; a file of ours would take its number, and get C libraries' messages
             setattr(sys, name, open(os.devnull, mode))
-    for name in ('stdout', 'stderr'):
-        old = getattr(sys, name)
-        # with a buffer even if python was asked for none: what could not be written is still in there when it is asked
-        new = open(old.fileno(), 'w', buffering=1, encoding=old.encoding, errors='backslashreplace', closefd=False)
-        setattr(sys, name, new)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
     for name in ('SIGTERM', 'SIGHUP'):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
             signal.signal(number, _exit_on_signal)
 
 
-def _output_failure() -> Optional[OSError]:
-    """Write out what was printed; if that fails drop it, so that python doesn't try again at exit, and say why."""
+def _output_failure(text: str = '') -> Optional[OSError]:
+    """Write out what was printed, and `text`; if that fails drop it, as python would try again at exit, and say why."""
     failure = None
     for stream in (sys.stdout, sys.stderr):
         try:
+            stream.write(text)
             stream.flush()
         except OSError as error:
-            failure = error
+            failure, text = error, ''
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return failure
 
@@ -122,6 +120,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError:
+        failure = failure or _output_failure('\n')  # nothing may be left to write: does anything go through?
         if failure is None:
             raise
     except (MemoryError, RuntimeError) as error:

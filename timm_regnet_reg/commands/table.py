@@ -20,6 +20,7 @@ from ..support.counting import count
 __all__ = ['header', 'row']
 
 
+@torch.inference_mode()  # takes two thirds of the time
 def _count(name: str, **kwargs) -> Tuple[int, int]:
     """`count` of a model and one image of its default size, both without data."""
     model = timm.create_model(name, device='meta', **kwargs).eval()

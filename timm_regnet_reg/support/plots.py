@@ -19,7 +19,7 @@ def plot_folder(name: str) -> Path:
     except ImportError as error:
         raise UserError(
             f'the figures are drawn with matplotlib, which cannot be imported ({error}); '
-            'pip install "timm-regnet-reg[bench]"'
+            'pip install "timm-regnet-reg[plots]"'
         ) from error
     folder = Path(name)
     try:

@@ -8,7 +8,6 @@ import statistics
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
-from ..errors import UserError
 from .writing import lock_folder, replacing
 
 __all__ = ['ALIKE', 'COLUMNS', 'IDENTITY', 'ROWS', 'TABLES', 'Row', 'add_result', 'draw', 'read_results', 'report']
@@ -143,10 +142,8 @@ def report(results: List[Dict[str, str]]) -> str:
 
 def draw(results: List[Dict[str, str]], path: Path) -> None:
     """The error over the parameters, measured (filled) and the papers' (hollow), a panel for each table of `report`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"the plot needs matplotlib ({error}); pip install 'timm-regnet-reg[bench]'") from error
+    from matplotlib.figure import Figure
+
     groups = _groups(results)
     figure = Figure(figsize=(6 * len(groups), 4.5), layout='constrained')
     for axes, (alike, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items()):
