@@ -221,7 +221,7 @@ def test_a_stage_of_one_block_has_no_neighbours(run, tmp_path, monkeypatch):
         (['--batch-size', 3], 'in batches of at most 3 leave 3 for one'),
         (['--split', 'test'], 'no such folder; expected the images as'),
         (['--device', 'abacus'], '--device abacus: cannot be used here'),
-        (['--output', __file__], 'cannot write to --output'),
+        (['--output', __file__], 'cannot be written to'),
     ],
 )
 def test_what_cannot_work_is_told_before_a_model_is_loaded(run, args, message, monkeypatch):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -171,7 +171,6 @@ def _check_hash(cfg: PretrainedCfg, cache_dir: Optional[str]) -> None:
         RuntimeError: The weights aren't those that were packaged.
         OSError: They aren't there.
     """
-    locate: Callable[[str], Union[str, Path]]
     if cfg.source == 'hf-hub':
         repo_id, _, revision = cfg.hf_hub_id.partition('@')
         locate: Callable[[str], Any] = partial(hf_hub_download, repo_id, revision=revision or None, cache_dir=cache_dir)

@@ -1,4 +1,4 @@
-"""Train the rows of the papers' CIFAR tables with timm's train.py, and set the results beside the papers'.
+"""Train the papers' CIFAR tables with train.py, and report the results beside theirs.
 
     regnet-reg cifar DIR
     regnet-reg reproduce TRAIN_PY --data-dir DIR --jobs 2
@@ -43,6 +43,7 @@ from PIL import Image
 from .. import __version__
 from ..errors import UserError
 from ..support.counting import count
+from ..support.plots import plot_folder
 from ..support.results import IDENTITY, TABLES, Row, add_result, draw, read_results, report
 from ..support.writing import lock_folder, replacing
 
@@ -372,6 +373,7 @@ def main(args: argparse.Namespace) -> None:
         known = read_results(results)
         if not known:
             raise UserError(f'{results}: no results yet; train first')
+        plot_folder(args.results)
         print(report(known))
         draw(known, results.with_suffix('.png'))
         return

@@ -26,5 +26,5 @@ def plot_folder(name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f'cannot write to --output {name!r}: {error}; give a folder that can be written') from error
+        raise UserError(f'{name}: cannot be written to ({error}); give another folder') from error
     return folder
