@@ -23,8 +23,10 @@ from test_recipes import parsers, train_script  # noqa: F401, fixtures
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.arguments import _reproduce
 from timm_regnet_reg.commands import reproduce
-from timm_regnet_reg.commands.reproduce import COLUMNS, ROWS, SCHEDULES, TABLES, Run
+from timm_regnet_reg.commands.reproduce import SCHEDULES, Run
 from timm_regnet_reg.errors import UserError
+from timm_regnet_reg.support.results import COLUMNS, ROWS, TABLES, add_result, read_results
+from timm_regnet_reg.support.writing import lock_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = yaml.safe_load((ROOT / 'train_recipes' / 'cifar10.yaml').read_text())
@@ -134,8 +136,8 @@ def test_results_are_kept_in_the_order_of_the_tables(tmp_path):
     path = tmp_path / 'results' / 'cifar10.csv'
     stage = TABLES['stages'][0]
     for row, seed in (stage, 0), (ROWS[1], 1), (ROWS[0], 1), (ROWS[1], 0):
-        reproduce.add_result(path, create_result(row, seed, 91))
-    found = [(result['model'], result['arguments'], result['seed']) for result in reproduce.read_results(path)]
+        add_result(path, create_result(row, seed, 91))
+    found = [(result['model'], result['arguments'], result['seed']) for result in read_results(path)]
     plain, rnn = ROWS[0].model, ROWS[1].model
     assert found == [(plain, '', '1'), (rnn, '', '0'), (rnn, '', '1'), (stage.model, 'regulated_stages=(1,)', '0')]
     assert list(path.parent.iterdir()) == [path]
@@ -145,9 +147,9 @@ def test_report_has_mean_deviation_and_seeds_and_keeps_precisions_apart(tmp_path
     """91, 92 and 93 % are errors of 8 ± 1 %; the papers' are SPEC's."""
     path = tmp_path / 'results' / 'cifar10.csv'
     for seed, top1 in enumerate((91, 92, 93)):
-        reproduce.add_result(path, create_result(ROWS[0], seed, top1))
-    reproduce.add_result(path, create_result(ROWS[3], 0, 92.5))
-    reproduce.add_result(path, create_result(ROWS[0], 0, 90, precision='float32'))
+        add_result(path, create_result(ROWS[0], seed, top1))
+    add_result(path, create_result(ROWS[3], 0, 92.5))
+    add_result(path, create_result(ROWS[0], 0, 90, precision='float32'))
     command = ['reproduce', '--report', '--results', str(path.parent)]
     assert main(command) == 0
     text = capsys.readouterr().out
@@ -210,7 +212,7 @@ def test_a_run_survives_sigkill_and_is_skipped_when_done(train_script, data, tmp
     assert main(command) == 0
     out = capfd.readouterr().out
     assert 'goes on after epoch' in out and 'epoch 30 of 30' in out and 'epoch 2 of 30' not in out, (begun, out)
-    [result] = reproduce.read_results(tmp_path / 'results' / 'cifar10.csv')
+    [result] = read_results(tmp_path / 'results' / 'cifar10.csv')
     [folder] = (tmp_path / 'runs').iterdir()
     with open(folder / 'summary.csv') as file:
         last = [line for line in csv.reader(file)][-1]
@@ -236,7 +238,7 @@ def test_a_run_in_use_by_another_process_is_left_alone(data, tmp_path, monkeypat
     monkeypatch.setattr(reproduce, 'LOCK_SECONDS', 0)
     run = create_run(tmp_path)
     begin(run)
-    lock = reproduce._lock(run.folder, seconds=0)
+    lock = lock_folder(run.folder, seconds=0)
     with pytest.raises(BlockingIOError):
         run.start('train.py', str(data), 1)
     os.close(lock)

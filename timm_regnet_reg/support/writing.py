@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 
 from ..errors import UserError
 
-__all__ = ['check_writable', 'replacing']
+__all__ = ['check_writable', 'lock_folder', 'replacing']
 
 
 def check_writable(path, folder: bool = False) -> None:
@@ -129,3 +130,24 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock_folder(folder: Path, seconds: float) -> int:
+    """Locks a folder until its file descriptor is closed here and in all processes that inherited it.
+
+    Raises:
+        BlockingIOError: Another process holds it for longer than these seconds.
+    """
+    import fcntl  # not there on Windows, where all the rest of this is of use
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(descriptor)
+                raise
+            time.sleep(0.1)

@@ -1,0 +1,165 @@
+"""The rows of the papers' CIFAR tables, the CSV files of what was trained for them, and what these tell."""
+
+import ast
+import csv
+import io
+import os
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+from .writing import lock_folder, replacing
+
+__all__ = ['ALIKE', 'COLUMNS', 'IDENTITY', 'ROWS', 'TABLES', 'Row', 'add_result', 'draw', 'read_results', 'report']
+
+
+class Row(NamedTuple):
+    """A row of the papers' tables: a model, its errors (%) there, and its arguments as --model-kwargs takes them."""
+
+    model: str
+    cifar10: float
+    cifar100: float
+    arguments: str = ''
+
+    @property
+    def kwargs(self) -> Dict[str, Any]:
+        pairs = (argument.split('=') for argument in self.arguments.split())
+        return {key: ast.literal_eval(value) for key, value in pairs}
+
+    def __str__(self) -> str:
+        return ' '.join(filter(None, (self.model, self.arguments)))
+
+
+TABLES: Dict[str, List[Row]] = {
+    'resnet20': [
+        Row('cifar_resnet20', 8.38, 31.72),
+        Row('regnet_reg_resnet20_convrnn', 7.60, 30.03),
+        Row('regnet_reg_resnet20_convgru', 7.42, 29.69),
+        Row('regnet_reg_resnet20_convlstm', 7.28, 29.81),
+    ],
+    'seresnet20': [
+        Row('cifar_seresnet20', 8.02, 31.14),
+        Row('regnet_reg_seresnet20_convrnn', 7.55, 29.63),
+        Row('regnet_reg_seresnet20_convgru', 7.25, 29.08),
+        Row('regnet_reg_seresnet20_convlstm', 6.98, 29.02),
+    ],
+    'stages': [
+        Row('regnet_reg_resnet20_convgru', 7.52, 30.40, 'regulated_stages=(1,)'),
+        Row('regnet_reg_resnet20_convgru', 7.48, 30.34, 'regulated_stages=(2,)'),
+        Row('regnet_reg_resnet20_convgru', 7.49, 30.30, 'regulated_stages=(3,)'),
+        Row('regnet_reg_resnet20_convlstm', 7.56, 30.23, 'regulated_stages=(1,)'),
+        Row('regnet_reg_resnet20_convlstm', 7.49, 30.28, 'regulated_stages=(2,)'),
+        Row('regnet_reg_resnet20_convlstm', 7.52, 29.92, 'regulated_stages=(3,)'),
+    ],
+    'depth': [
+        Row('cifar_resnet32', 7.54, 29.86),
+        Row('regnet_reg_resnet32_convgru', 6.60, 27.42),
+        Row('regnet_reg_resnet32_convlstm', 6.88, 28.11),
+        Row('cifar_resnet56', 6.78, 28.14),
+        Row('regnet_reg_resnet56_convgru', 6.39, 27.02),
+        Row('regnet_reg_resnet56_convlstm', 6.45, 27.26),
+    ],
+}
+ROWS = [row for rows in TABLES.values() for row in rows]
+IDENTITY = ['model', 'arguments', 'dataset', 'schedule', 'precision', 'seed']
+MEASURED = ['top1', 'top5', 'train_loss', 'images', 'parameters', 'multiply_adds', 'seconds']
+PROVENANCE = ['epochs', 'device', 'recipe', 'settings', 'python', 'torch', 'timm', 'timm_regnet_reg', 'options']
+COLUMNS = IDENTITY + MEASURED + PROVENANCE
+# what rows must have in common for a mean or a table
+ALIKE = ['dataset', 'schedule', 'epochs', 'precision', 'device', 'recipe', 'images']
+
+
+def read_results(path: Path) -> List[Dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def add_result(path: Path, result: Dict[str, Any]) -> None:
+    """Adds a row, in the order of the tables and seeds; other processes may do so at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(path.parent, seconds=60)
+    try:
+        order = {(row.model, row.arguments): index for index, row in enumerate(ROWS)}
+        results = [*read_results(path), {key: str(value) for key, value in result.items()}]
+        results.sort(key=lambda r: (r['schedule'], r['precision'], order[r['model'], r['arguments']], int(r['seed'])))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(results)
+        with replacing(path) as new:
+            new.write_text(text.getvalue(), encoding='utf-8')
+    finally:
+        os.close(lock)
+
+
+def _groups(results: List[Dict[str, str]]) -> Dict[Tuple[str, ...], Dict[Row, List[Dict[str, str]]]]:
+    """Results that may be compared, by what they have in common; in each, the results of every row that has any."""
+    groups: Dict[Tuple[str, ...], Dict[Row, List[Dict[str, str]]]] = {}
+    for result in results:
+        [row] = (row for row in ROWS if (row.model, row.arguments) == (result['model'], result['arguments']))
+        groups.setdefault(tuple(result[key] for key in ALIKE), {}).setdefault(row, []).append(result)
+    return groups
+
+
+def _title(alike: Tuple[str, ...]) -> str:
+    facts = dict(zip(ALIKE, alike))
+    return (
+        f'{facts["dataset"].replace("cifar", "CIFAR-")}, schedule {facts["schedule"]}, {facts["epochs"]} epochs, '
+        f'{facts["precision"]} on {facts["device"]}, {int(facts["images"]):,} images, recipe {facts["recipe"]}'
+    )
+
+
+def _error(results: List[Dict[str, str]]) -> Tuple[float, float]:
+    """Mean and standard deviation of the error in percent; no deviation of a single seed."""
+    errors = [100 - float(result['top1']) for result in results]
+    return statistics.mean(errors), statistics.stdev(errors) if len(errors) > 1 else 0.0
+
+
+def report(results: List[Dict[str, str]]) -> str:
+    """Markdown: for all runs that may be compared a table of errors beside the papers'."""
+    lines = []
+    for alike, rows in _groups(results).items():
+        lines += [
+            f'{_title(alike)}:',
+            '',
+            "| model | parameters | multiply-adds | error, % | seeds | training loss | papers' error, % |",
+            '|---|---:|---:|---:|---:|---:|---:|',
+        ]
+        for row, runs in rows.items():
+            mean, deviation = _error(runs)
+            loss = statistics.mean(float(run['train_loss']) for run in runs)
+            lines.append(
+                f'| {row} '
+                f'| {int(runs[0]["parameters"]) / 1e6:.3f}M | {int(runs[0]["multiply_adds"]) / 1e6:.1f}M '
+                f'| {mean:.2f}{f" ± {deviation:.2f}" if len(runs) > 1 else ""} | {len(runs)} '
+                f'| {loss:.3f} | {getattr(row, alike[0]):.2f} |'
+            )
+        lines.append('')
+    return '\n'.join(lines)
+
+
+def draw(results: List[Dict[str, str]], path: Path) -> None:
+    """The error over the parameters, measured (filled) and the papers' (hollow), a panel for each table of `report`."""
+    from matplotlib.figure import Figure
+
+    groups = _groups(results)
+    figure = Figure(figsize=(6 * len(groups), 4.5), layout='constrained')
+    for axes, (alike, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items()):
+        for color, kind in enumerate(('plain', 'convrnn', 'convgru', 'convlstm')):
+            chosen = [row for row in rows if (row.model.split('_')[-1] if row.model[0] == 'r' else 'plain') == kind]
+            if not chosen:
+                continue
+            millions = [int(rows[row][0]['parameters']) / 1e6 for row in chosen]
+            means, deviations = zip(*(_error(rows[row]) for row in chosen))
+            axes.errorbar(millions, means, deviations, fmt='o', capsize=3, color=f'C{color}', label=kind)
+            papers = [getattr(row, alike[0]) for row in chosen]
+            axes.plot(millions, papers, 'o', fillstyle='none', color=f'C{color}')
+            for x, y, row in zip(millions, means, chosen):
+                backbone = row.model.split('_')[-1 if kind == 'plain' else -2]
+                name = f'{backbone} {row.arguments.removeprefix("regulated_")}'
+                axes.annotate(name, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
+        axes.set(title=_title(alike).replace(', recipe', ',\nrecipe'), xlabel='parameters, millions', ylabel='error, %')
+        axes.legend(title="hollow: papers'")
+    figure.savefig(path, dpi=100, metadata={'Software': None})
