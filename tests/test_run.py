@@ -310,7 +310,10 @@ def test_script_sees_the_models_starts_workers_and_exits_with_its_code(script):
 
 
 def test_torchrun_runs_the_script_in_every_process(script):
-    path = script('import os, sys, timm; print(os.environ["RANK"], timm.is_model("cifar_resnet20"), sys.argv[1:])')
+    path = script(  # written at once, as the processes share their output
+        'import os, sys, timm\n'
+        "sys.stdout.write(f\"{os.environ['RANK']} {timm.is_model('cifar_resnet20')} {sys.argv[1:]}\\n\")\n"
+    )
     result = python(
         '-m',
         'torch.distributed.run',

@@ -220,7 +220,7 @@ def test_a_stage_of_one_block_has_no_neighbours(run, tmp_path, monkeypatch):
         (['--images', 7, '--batch-size', 4], '7 of its 12 images in batches of at most 4 leave 3 for one'),
         (['--batch-size', 3], 'in batches of at most 3 leave 3 for one'),
         (['--split', 'test'], 'no such folder; expected the images as'),
-        (['--device', 'abacus'], '--device abacus: cannot be used here'),
+        (['--device', 'abacus'], '--device abacus: expected cpu'),
         (['--output', __file__], 'cannot be written to'),
     ],
 )

@@ -217,7 +217,7 @@ def _similarity(parser: argparse.ArgumentParser) -> None:
         metavar='N',
         help='images at a time, at most; 4 or more (default: %(default)s)',
     )
-    parser.add_argument('--device', default='cpu', help='default: %(default)s')
+    _add_device(parser)
     parser.add_argument(
         '--output', default='.', metavar='DIR', help='where the table and the figures go (default: here)'
     )

@@ -171,9 +171,10 @@ def _check_hash(cfg: PretrainedCfg, cache_dir: Optional[str]) -> None:
         RuntimeError: The weights aren't those that were packaged.
         OSError: They aren't there.
     """
+    locate: Callable[[str], Any]
     if cfg.source == 'hf-hub':
         repo_id, _, revision = cfg.hf_hub_id.partition('@')
-        locate: Callable[[str], Any] = partial(hf_hub_download, repo_id, revision=revision or None, cache_dir=cache_dir)
+        locate = partial(hf_hub_download, repo_id, revision=revision or None, cache_dir=cache_dir)
     elif cfg.source == 'local-dir':
         locate = Path(cfg.file).joinpath
     elif Path(cfg.file or '').parent.parent == WEIGHTS_FOLDER:

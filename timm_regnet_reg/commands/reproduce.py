@@ -392,6 +392,5 @@ def main(args: argparse.Namespace) -> None:
     known = read_results(results)
     todo = [run for run in runs if not run.check(known)]
     print(f'{len(runs) - len(todo)} of {len(runs)} runs were done before', flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     if failed := train(todo, results, os.path.abspath(args.train_py), args.data_dir, args.jobs):
         raise UserError(f'{len(failed)} of {len(todo)} runs failed:\n' + '\n'.join(failed))

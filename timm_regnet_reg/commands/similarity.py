@@ -41,6 +41,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..support.inference import find_images, load_model, read_image
 from ..support.plots import plot_folder
+from ..support.scoring import check_device
 
 __all__ = ['CKA', 'COSINE', 'Similarity', 'similarity']
 
@@ -229,10 +230,7 @@ def main(args: argparse.Namespace) -> None:
         UserError: matplotlib, the device, the folders, enough images or a ResNet can't be had, or its outputs measured.
     """
     output = plot_folder(args.output)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {args.device}: cannot be used here ({error}); give cpu, say') from error
+    check_device(args.device)
     root = Path(args.data_dir, args.split)
     if not root.is_dir():
         raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
