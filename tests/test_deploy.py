@@ -204,7 +204,7 @@ def onnx_outputs(path, *batches):
 
 
 @with_onnx
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('form', FORMS[1:])
 def test_onnx_runtime_gives_the_same_outputs_for_any_batch_size(form, tmp_path):
     import onnx
 
@@ -228,7 +228,7 @@ def test_onnx_runtime_gives_the_same_outputs_for_any_batch_size(form, tmp_path):
 
 @with_onnx
 def test_network_that_is_not_folded_goes_to_onnx_as_well(tmp_path):
-    model = small('resnet50_convlstm')
+    model = small('resnet20_convgru')
     path = tmp_path / 'net.onnx'
     torch.onnx.export(
         model,

@@ -57,6 +57,10 @@ IMAGENET = IN_TIMM + ('resnext50_2x40d', 'resnext50_4x24d', 'resnext50_8x14d')
 CIFAR = tuple(f'{kind}{depth}' for kind in ('resnet', 'seresnet') for depth in (20, 32, 44, 56, 110))
 PLAIN = tuple(f'cifar_{backbone}' for backbone in CIFAR)
 MODELS = PLAIN + tuple(f'regnet_reg_{backbone}_{cell}' for backbone in IMAGENET + CIFAR for cell in CELLS)
+# every backbone with one of the cells, in turn
+SOME_CELLS = PLAIN + tuple(
+    f'regnet_reg_{backbone}_{list(CELLS)[i % len(CELLS)]}' for i, backbone in enumerate(IMAGENET + CIFAR)
+)
 
 
 # All models
@@ -95,7 +99,7 @@ def test_entrypoint_can_be_looked_up_and_explains_itself(name):
         assert word in text
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', SOME_CELLS)
 def test_default_cfg_and_feature_info_describe_the_network(name):
     model = timm.create_model(name, device='meta').eval()
     cfg = model.default_cfg
@@ -132,7 +136,7 @@ ADDED = re.compile(
 )
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', SOME_CELLS)
 def test_plain_part_of_the_state_dict_is_timms_own(name):
     actual = {key: t.shape for key, t in timm.create_model(name, device='meta').state_dict().items()}
     if is_cifar(name):
@@ -149,7 +153,9 @@ def test_plain_part_of_the_state_dict_is_timms_own(name):
     ]
 
 
-@pytest.mark.parametrize('name', [name for name in MODELS if not re.search('101|152|110', name)])  # the same blocks
+@pytest.mark.parametrize(
+    'name', [name for name in SOME_CELLS if not re.search('34|44|56|101|110|152', name)]
+)  # the same blocks
 def test_every_parameter_is_used_in_training(name):
     model = timm.create_model(name, device='meta').train()
     model(torch.empty(2, 3, 64, 64, device='meta')).sum().backward()
@@ -688,8 +694,7 @@ def test_compiles_to_one_graph(net, fresh_compiler):
     assert counter.frame_count == 1, 'another batch size compiled anew'
 
 
-@pytest.mark.parametrize('checkpointing', [False, True], ids=['', 'checkpointing'])
-@pytest.mark.parametrize('net', ['cifar', 'basic se'])
+@pytest.mark.parametrize('net, checkpointing', [('cifar', True), ('basic se', False)])
 def test_compiled_network_trains(net, checkpointing, fresh_compiler):
     model = lively(net, layers=(2, 1, 1, 1)[: 3 if net == 'cifar' else 4]).double()
     x = images(net, 4).double()
@@ -804,7 +809,7 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = forbidde
 nn.Module.__init__ = nn.Parameter.__new__ = forbidden
 import timm_regnet_reg
 assert len(timm.list_models(module='regnet_reg')) == 104
-print([m for m in ('classify', 'package', 'publish', 'quickstart', 'run') if f'timm_regnet_reg.{m}' in sys.modules])
+print([m for m in sys.modules if m.startswith(('timm_regnet_reg.commands', 'timm_regnet_reg.support'))])
 """
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
 

@@ -135,10 +135,10 @@ def test_distils_as_student_and_as_teacher(net, task):
         assert all(torch.equal(weights[name], value) for name, value in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.3), (torch.float16, 0.12)], ids=['bf16', 'fp16'])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.15), (torch.float16, 0.1)], ids=['bf16', 'fp16'])
 @nets
 def test_gradients_under_autocast_are_nearly_float64s(net, dtype, tolerance):
-    model, (x, y) = create(net), data()
+    model, (x, y) = create(net), data(size=64)
     _, expected = step(copy.deepcopy(model).double(), x.double(), y)
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0**8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -146,9 +146,13 @@ def test_gradients_under_autocast_are_nearly_float64s(net, dtype, tolerance):
         loss = F.cross_entropy(model(x), y)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    for name, p in model.named_parameters():
-        assert p.grad.dtype == torch.float32
-        assert_near(p.grad, expected[name], tolerance, name)
+    # together, as single layers of a plain network are off by a tenth and more, too
+    for part in ('', '.regulator.', '.fusion_conv'):
+        names = [name for name in expected if part in name]
+        if names:
+            actual = torch.cat([model.get_parameter(name).grad.flatten() for name in names])
+            assert actual.dtype == torch.float32
+            assert_near(actual, torch.cat([expected[name].flatten() for name in names]), tolerance, part or 'all')
     before = [p.detach().clone() for p in model.parameters()]
     scaler.step(optimizer)
     assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before))
@@ -227,20 +231,16 @@ def shard_worker(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope='module')
-def sharded_weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('fsdp')
-    mp.spawn(shard_worker, (str(folder),), nprocs=2)
-    return torch.load(folder / 'weights.pt')
-
-
-@pytest.mark.parametrize('wrap', ['root', 'stages', 'cells'])
-@nets
-def test_sharded_training_is_that_of_one_process(sharded_weights, net, wrap):
-    model, (x, y) = create(net).double(), data()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for _ in range(2):
-        step(model, x.double(), y)
-        optimizer.step()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(sharded_weights[net, wrap][name], p.detach(), rtol=1e-6, atol=1e-8, msg=name)
+def test_sharded_training_is_that_of_one_process(tmp_path):
+    mp.spawn(shard_worker, (str(tmp_path),), nprocs=2)
+    sharded_weights = torch.load(tmp_path / 'weights.pt')
+    for net, wrap in sharded_weights:
+        model, (x, y) = create(net).double(), data()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(2):
+            step(model, x.double(), y)
+            optimizer.step()
+        for name, p in model.named_parameters():
+            actual = sharded_weights[net, wrap][name]
+            torch.testing.assert_close(actual, p.detach(), rtol=1e-6, atol=1e-8, msg=f'{net}, {wrap}: {name}')
+    assert len(sharded_weights) == 3 * len(NETS)
