@@ -18,7 +18,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from test_equations import enliven
+from test_equations import IN_TIMM, enliven
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureInfo, group_parameters
 from timm.optim import param_groups_layer_decay
@@ -33,26 +33,6 @@ import timm_regnet_reg
 from timm_regnet_reg.blocks import RegulatedStage
 
 CELLS = ('convrnn', 'convgru', 'convlstm')
-IN_TIMM = (
-    'resnet18',
-    'resnet34',
-    'resnet50',
-    'resnet101',
-    'resnet152',
-    'resnet50d',
-    'resnet101d',
-    'wide_resnet50_2',
-    'seresnet18',
-    'seresnet34',
-    'seresnet50',
-    'seresnet101',
-    'seresnet152',
-    'resnext50_32x4d',
-    'resnext101_32x4d',
-    'resnext101_64x4d',
-    'seresnext50_32x4d',
-    'seresnext101_32x4d',
-)
 IMAGENET = IN_TIMM + ('resnext50_2x40d', 'resnext50_4x24d', 'resnext50_8x14d')
 CIFAR = tuple(f'{kind}{depth}' for kind in ('resnet', 'seresnet') for depth in (20, 32, 44, 56, 110))
 PLAIN = tuple(f'cifar_{backbone}' for backbone in CIFAR)
