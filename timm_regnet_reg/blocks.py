@@ -153,6 +153,7 @@ def regulate_block(
         cell: Class of the stage's cell.
         norm_layer: Makes a normalisation layer for a number of channels.
     """
+    # what the block was made with is known to timm's builder alone, so that it can't be built anew as the subclass
     block.__class__ = REGULATED_BLOCKS[type(block)]
     X_conv = block.conv1 if isinstance(block, BasicBlock) else block.conv2  # makes what the fusion reads beside H
     dd = {'device': X_conv.weight.device, 'dtype': X_conv.weight.dtype}

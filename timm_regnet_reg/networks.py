@@ -6,6 +6,7 @@ Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXi
 import copy
 import math
 import warnings
+from collections import OrderedDict
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
@@ -97,7 +98,7 @@ class RegulatedResNet(ResNet):
             if isinstance(stage, RegulatedStage):
                 stage.regulator.reset_parameters()
                 for block in stage:
-                    nn.init.kaiming_normal_(block.fusion_conv.weight, mode='fan_out', nonlinearity='relu')
+                    block.fusion_conv.reset_parameters()
 
     def _set_shortcut(self, shortcut: str) -> None:
         if shortcut == 'conv':
@@ -112,9 +113,10 @@ class RegulatedResNet(ResNet):
     def _regulate(self, cell: str, stages: Sequence[int], norm_layer: Callable[..., nn.Module]) -> None:
         for i, stage in enumerate(self._stages(), start=1):
             if i in stages:
-                setattr(self, f'layer{i}', RegulatedStage(stage, CELLS[cell], norm_layer))
+                stage = RegulatedStage(stage, CELLS[cell], norm_layer)
             else:
-                stage.__class__ = PlainStage
+                stage = PlainStage(OrderedDict(stage.named_children()))
+            setattr(self, f'layer{i}', stage)
 
     def _stages(self) -> List[nn.Module]:
         return [getattr(self, f'layer{i + 1}') for i in range(self.num_stages)]
