@@ -141,3 +141,39 @@ def test_a_folder_with_something_in_it_is_kept(source, tmp_path, capsys):
     assert main(['cifar', str(source), '--source', str(source)]) == 1
     assert 'not empty' in capsys.readouterr().err
     assert len(list(source.rglob('*.png'))) == 20
+
+
+@pytest.mark.parametrize('target', ['link', 'dangling', 'here'])
+def test_a_folder_stays_what_it_is(target, source, tmp_path, monkeypatch):
+    """A link to a folder, empty or not there, and the working directory, which a shell would lose."""
+    real = tmp_path / 'real'
+    if target != 'dangling':
+        real.mkdir()
+        monkeypatch.chdir(real)
+    (tmp_path / 'out').symlink_to(real)
+    before = target != 'dangling' and real.stat().st_ino
+    assert main(['cifar', '.' if target == 'here' else str(tmp_path / 'out'), '--source', str(source)]) == 0
+    check(real)
+    assert (tmp_path / 'out').is_symlink() and before in (False, real.stat().st_ino) and not hidden(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['{file}'], 'is a file'),
+        (['{file}/out'], 'cannot be written'),
+        (['a' * 300], 'cannot be written'),
+        (['a' * 250], 'cannot be written'),
+        (['/'], 'not empty'),
+        (['{folder}/out', '--source', 'a' * 300], 'of 0 classes'),
+        (['{folder}/out', '--source', ''], 'of 0 classes'),
+    ],
+)
+def test_places_that_cannot_be_are_told_in_a_line(arguments, message, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = source / 'train' / 'class0' / 'a.png'
+    arguments = [argument.format(file=file, folder=tmp_path) for argument in arguments]
+    assert main(['cifar', '--source', str(source), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['source']

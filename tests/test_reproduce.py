@@ -242,3 +242,95 @@ def test_a_run_in_use_by_another_process_is_left_alone(data, tmp_path, monkeypat
     with pytest.raises(BlockingIOError):
         run.start('train.py', str(data), 1)
     os.close(lock)
+
+
+def write_results(path, *results):
+    path.parent.mkdir(parents=True)
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(results)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(top1='ab'), 'could not convert'),
+        (dict(top1='nan'), 'cannot be'),
+        (dict(top1='200'), 'cannot be'),
+        (dict(train_loss='inf'), 'cannot be'),
+        (dict(images=''), 'invalid literal'),
+        (dict(model='resnet50'), 'no row of the tables'),
+        (dict(dataset='mnist'), 'data set mnist'),
+        (None, 'two rows'),
+    ],
+)
+def test_damaged_results_make_no_table(change, message, tmp_path, capsys):
+    result = {**create_result(ROWS[0], 0, 90.0), **(change or {})}
+    write_results(tmp_path / 'r' / 'cifar10.csv', *[result] * (1 if change else 2))
+    assert main(['reproduce', '--report', '--results', str(tmp_path / 'r')]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
+
+
+@pytest.mark.parametrize('content', [b'', b'model\nx\n', b'\xff\xfe\x00'], ids=str)
+def test_a_file_that_holds_no_results_makes_no_table(content, tmp_path, capsys):
+    (tmp_path / 'cifar10.csv').write_bytes(content)
+    assert main(['reproduce', '--report', '--results', str(tmp_path)]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize('content', ['', '{', '[]', 'null'])
+def test_a_run_whose_settings_are_damaged_is_not_continued(content, tmp_path):
+    run = create_run(tmp_path)
+    begin(run)
+    (run.folder / 'settings.json').write_text(content)
+    with pytest.raises(UserError, match='other settings'):
+        run.check([])
+
+
+def clone_with_data(tmp_path, recipe='epochs: 1\n'):
+    (tmp_path / 'train_recipes').mkdir()
+    (tmp_path / 'train_recipes' / 'cifar10.yaml').write_text(recipe)
+    (tmp_path / 'train.py').write_text('raise SystemExit(3)')
+    for split, size in (('train', 40), ('validation', 32)):
+        for label in range(10):
+            folder = tmp_path / 'data' / split / str(label)
+            folder.mkdir(parents=True)
+            Image.new('RGB', (size, size)).save(folder / 'a.png')
+
+
+@pytest.mark.parametrize(
+    'more, message',
+    [
+        (['--results', 'train.py'], 'cannot be written'),
+        (['--output', 'train.py'], 'cannot be written'),
+        (['--results', 'a' * 300], 'cannot be written'),
+        (['--output', 'a' * 300], 'cannot be written'),
+        (['--data-dir', 'a' * 300], 'of 0 classes'),
+        (['--data-dir', 'damaged'], 'cannot be read as an image'),
+        ('- a', 'cannot be read as a recipe'),
+        ('a: [', 'cannot be read as a recipe'),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_training(more, message, tmp_path, capsys, monkeypatch):
+    clone_with_data(tmp_path, *([more] if isinstance(more, str) else []))
+    if 'damaged' in more:
+        (tmp_path / 'data').rename(tmp_path / 'damaged')
+        (tmp_path / 'damaged' / 'train' / '0' / 'a.png').write_bytes(b'')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Run, 'start', lambda *args: pytest.fail('it trains'))
+    more = [] if isinstance(more, str) else more
+    assert main(['reproduce', 'train.py', '--data-dir', 'data', *more]) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_a_seed_or_table_given_twice_trains_once(tmp_path, monkeypatch):
+    clone_with_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    trained = []
+    monkeypatch.setattr(reproduce, 'train', lambda runs, *args: trained.extend(map(str, runs)))
+    twice = ['--seeds', '0', '0', '--table', 'resnet20', 'resnet20']
+    assert main(['reproduce', 'train.py', '--data-dir', 'data', *twice]) == 0
+    assert len(trained) == len(set(trained)) == len(TABLES['resnet20'])

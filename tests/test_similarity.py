@@ -220,6 +220,8 @@ def test_a_stage_of_one_block_has_no_neighbours(run, tmp_path, monkeypatch):
         (['--images', 7, '--batch-size', 4], '7 of its 12 images in batches of at most 4 leave 3 for one'),
         (['--batch-size', 3], 'in batches of at most 3 leave 3 for one'),
         (['--split', 'test'], 'no such folder; expected the images as'),
+        (['--split', 'a' * 300], 'no such folder; expected the images as'),
+        (['--split', ''], "--split '': is all of"),
         (['--device', 'abacus'], '--device abacus: expected cpu'),
         (['--output', __file__], 'cannot be written to'),
     ],
@@ -229,6 +231,14 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(run, args, message, m
     code, out, err = run(*args)
     assert (code, out) == (1, '')
     assert message in err
+
+
+@pytest.mark.parametrize('name', ['similarity.csv', 'similarity.png', 'features.png'])
+def test_a_folder_in_place_of_a_figure_is_told_before_a_model_is_loaded(run, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, 'load_model', lambda name: pytest.fail('loaded a model'))
+    (tmp_path / 'out' / name).mkdir(parents=True)
+    code, out, err = run('--output', tmp_path / 'out')
+    assert (code, out) == (1, '') and f'{name}: is a folder' in err
 
 
 def test_missing_matplotlib_is_told(run, monkeypatch):

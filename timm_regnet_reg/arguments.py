@@ -33,13 +33,19 @@ def _script(text: str) -> str:
 
 
 def _count(text: str) -> int:
-    return 0 if text == '0' else positive(text)
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f'{text!r} was given, expected a whole number from 0 to 999999999')
+    return int(text)
 
 
 def _words(text: str) -> str:
     """An argument type: text in one line, and not nothing."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f'{text!r} was given, expected a word or more')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f'{text!r} was given, expected text in UTF-8') from error
     return ' '.join(text.split())
 
 
@@ -152,7 +158,7 @@ def _reproduce(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--models', nargs='+', metavar='MODEL', help='only these of the tables (default: all)')
     parser.add_argument(
-        '--seeds', nargs='+', type=int, default=[0], metavar='N', help='each trains all models before the next does'
+        '--seeds', nargs='+', type=_count, default=[0], metavar='N', help='each trains all models before the next does'
     )
     parser.add_argument('--schedule', choices=['short', 'papers'], default='short', help='default: short')
     parser.add_argument(

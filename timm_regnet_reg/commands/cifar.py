@@ -11,6 +11,7 @@ train/<class>/*.png and validation/<class>/*.png, all of 32x32. DIR appears when
 """
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 from typing import Iterator, List, Tuple
@@ -19,7 +20,8 @@ from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, reason
+from ..support.writing import check_writable
 
 DATASETS = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
 SIZE, BORDER = 32, 4
@@ -46,7 +48,7 @@ def _read(path: Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
     except Exception as error:  # decoders raise whatever they stumble over in a damaged file
-        raise UserError(f'{path}: cannot be read as an image ({error}); get it again') from error
+        raise UserError(f'{path}: cannot be read as an image ({reason(error)}); get it again') from error
     if image.size != (SIZE, SIZE) or image.mode != 'RGB':
         width, height = image.size
         raise UserError(f'{path}: is {width}x{height} ({image.mode}); expected the 32x32 RGB images of CIFAR')
@@ -55,13 +57,14 @@ def _read(path: Path) -> Image.Image:
 
 def _files(source: Path, split: str, dataset: str) -> List[Path]:
     """The images of a split in a folder, sorted, having checked that there are as many classes as there should be."""
-    files = sorted((source / split).glob('*/*.png'))
+    root = source / split
+    files = sorted(root.glob('*/*.png')) if os.path.isdir(root) else []  # glob fails on a name that is too long
     classes = {file.parent.name for file in files}
     expected = int(dataset.removeprefix('cifar'))
     if len(classes) != expected:
         raise UserError(
-            f'{source / split}: holds PNG images of {len(classes)} classes, {dataset} has {expected}; '
-            f'expected {source / split}/<class>/*.png'
+            f'{root}: holds PNG images of {len(classes)} classes, {dataset} has {expected}; '
+            f'expected {root}/<class>/*.png'
         )
     return files
 
@@ -74,14 +77,15 @@ def main(args: argparse.Namespace) -> None:
     """Write `args.dir` from torchvision's data set or the folder `args.source`.
 
     Raises:
-        UserError: The folder is there already, the source lacks images or has others than CIFAR's, or the download
-            failed. Nothing is left of an attempt that failed.
+        UserError: The folder can't be written or isn't empty, the source lacks images or has others than CIFAR's, or
+            the download failed. No image is left of an attempt that failed.
     """
-    folder = Path(args.dir).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = Path(os.path.realpath(args.dir))
+    if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f'{args.dir}: exists already and is not empty; give another folder, or move it away')
+    check_writable(folder, folder=True)
     partial = folder.with_name(f'.{folder.name}.partial')
-    if args.source:
+    if args.source is not None:
         files = {split: _files(Path(args.source), split, args.dataset) for split in SPLITS}
         classes = {split: {file.parent.name for file in files[split]} for split in SPLITS}
         if classes['train'] != classes['validation']:
@@ -92,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         partial.mkdir(parents=True)
         for split, border in SPLITS.items():
-            if args.source:
+            if args.source is not None:
                 total, samples = len(files[split]), _open(files[split])
             else:
                 total, samples = _download(args.dataset, partial / 'download', split)
@@ -100,10 +104,13 @@ def main(args: argparse.Namespace) -> None:
                 target = partial / split / label
                 target.mkdir(parents=True, exist_ok=True)
                 ImageOps.expand(image, border).save(target / name, compress_level=1)
-        shutil.rmtree(partial / 'download', ignore_errors=True)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        folder.mkdir(exist_ok=True)  # if it is there it stays: somebody's working directory, perhaps
+        for split in SPLITS:
+            (partial / split).rename(folder / split)
+    except OSError as error:
+        raise UserError(
+            f'{args.dir}: could not be written ({error}); free some space there or give another folder'
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f'{args.dir}: {", ".join(f"{split}/" for split in SPLITS)} for train_recipes/{args.dataset}.yaml')

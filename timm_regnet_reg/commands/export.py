@@ -184,11 +184,11 @@ def main(args: argparse.Namespace) -> None:
     if not output.parent.is_dir():
         raise UserError(f'{output.parent}: no such folder; create it, or give an OUTPUT elsewhere')
     quantized = output.with_suffix('.int8.onnx')
-    for path in (output, quantized) if args.int8 else (output,):
+    for path in (output, quantized) if args.int8 is not None else (output,):
         check_writable(path)
     model = load_model(args.model)
     data_config = resolve_data_config({}, model=model)
-    if args.int8:
+    if args.int8 is not None:
         calibration, validation = _images(args.int8, model, data_config)
 
     with replacing(output) as file:
@@ -198,7 +198,7 @@ def main(args: argparse.Namespace) -> None:
         f'{output}: ONNX opset {OPSET}, images {batch}, {_size(output)}; its outputs in ONNX Runtime differ from '
         f'PyTorch by at most {difference:.1e} of the largest'
     )
-    if not args.int8:
+    if args.int8 is None:
         return
 
     def accuracy(path: Path, kind: str) -> Score:

@@ -41,11 +41,11 @@ import yaml
 from PIL import Image
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..support.counting import count
 from ..support.plots import plot_folder
 from ..support.results import IDENTITY, TABLES, Row, add_result, draw, read_results, report
-from ..support.writing import lock_folder, replacing
+from ..support.writing import check_writable, lock_folder, replacing
 
 # a process that was killed, and what it started, may take that long to end
 LOCK_SECONDS = 10
@@ -93,17 +93,37 @@ def check_data(data_dir: str, dataset: str) -> Dict[str, int]:
     images = {}
     for split, size in (('train', 40), ('validation', 32)):
         root = Path(data_dir, split)
-        files = sorted(root.glob('*/*.png'))
+        files = sorted(root.glob('*/*.png')) if os.path.isdir(root) else []  # glob fails on a name that is too long
         classes = len({file.parent.name for file in files})
         if classes != int(dataset.removeprefix('cifar')):
             found = f'holds PNG images of {classes} classes'
-        elif (found_size := Image.open(files[0]).size) != (size, size):
-            found = f'holds images of {found_size[0]}x{found_size[1]}, expected {size}x{size}'
+        elif (found_size := _image_size(files[0])) != f'{size}x{size}':
+            found = f'holds images of {found_size}, expected {size}x{size}'
         else:
             images[split] = len(files)
             continue
         raise UserError(f'{root}: {found}; write the folder with `regnet-reg cifar DIR --dataset {dataset}`')
     return images
+
+
+def _image_size(path: Path) -> str:
+    try:
+        with Image.open(path) as image:
+            return '{}x{}'.format(*image.size)
+    except Exception as error:  # decoders raise whatever they stumble over in a damaged file
+        raise UserError(f'{path}: cannot be read as an image ({reason(error)}); get it again') from error
+
+
+def _read_recipe(path: Path) -> Dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f'{path}: no such file; start this in a clone of this project')
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
+        if not isinstance(recipe, dict) or not isinstance(recipe.get('epochs'), int):
+            raise ValueError('it gives no number of epochs')
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f'{path}: cannot be read as a recipe ({" ".join(str(error).split())}); restore it') from error
+    return recipe
 
 
 def newest_checkpoint(folder: Path) -> Tuple[Optional[Path], int]:
@@ -133,6 +153,15 @@ def read_summary(folder: Path) -> Dict[int, Dict[str, float]]:
                     continue
                 epochs[int(figures['epoch'])] = figures
     return epochs
+
+
+def _read_settings(path: Path) -> Dict[str, Any]:
+    """What a run was begun with; nothing if that isn't known."""
+    try:
+        settings = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):  # missing or damaged
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 class Run:
@@ -185,7 +214,7 @@ class Run:
                 return True
         file = self.folder / 'settings.json'
         if file.exists() or any(self.folder.glob('*.pth.tar')):
-            begun = json.loads(file.read_text()) if file.exists() else {}
+            begun = _read_settings(file)
             if begun != self.settings:
                 differ = [key for key in self.settings if begun.get(key) != self.settings[key]]
                 raise UserError(
@@ -351,7 +380,7 @@ def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: in
 
 
 def _choose(tables: List[str], models: Optional[List[str]]) -> List[Row]:
-    rows = [row for table in tables for row in TABLES[table]]
+    rows = [row for table in dict.fromkeys(tables) for row in TABLES[table]]
     if models is None:
         return rows
     known = {row.model for row in rows}
@@ -382,13 +411,12 @@ def main(args: argparse.Namespace) -> None:
         raise UserError('TRAIN_PY and --data-dir are needed to train; --report alone needs neither')
     if not os.path.isfile(args.train_py):
         raise UserError(f"{args.train_py}: no such file; expected train.py of a clone of timm's repository")
-    recipe_file = Path('train_recipes', f'{args.dataset}.yaml')
-    if not recipe_file.is_file():
-        raise UserError(f'{recipe_file}: no such file; start this in a clone of this project')
-    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe = _read_recipe(Path('train_recipes', f'{args.dataset}.yaml'))
     images = check_data(args.data_dir, args.dataset)
     rows = _choose(args.table, args.models)
-    runs = [Run(row, seed, args, recipe, images) for seed in args.seeds for row in rows]
+    runs = [Run(row, seed, args, recipe, images) for seed in dict.fromkeys(args.seeds) for row in rows]
+    for path in (results, *(run.folder / 'settings.json' for run in runs)):
+        check_writable(path)
     known = read_results(results)
     todo = [run for run in runs if not run.check(known)]
     print(f'{len(runs) - len(todo)} of {len(runs)} runs were done before', flush=True)

@@ -26,6 +26,7 @@ import argparse
 import csv
 import itertools
 import math
+import os
 import random
 import re
 from pathlib import Path
@@ -42,6 +43,7 @@ from ..errors import UserError
 from ..support.inference import find_images, load_model, read_image
 from ..support.plots import plot_folder
 from ..support.scoring import check_device
+from ..support.writing import check_writable
 
 __all__ = ['CKA', 'COSINE', 'Similarity', 'similarity']
 
@@ -232,7 +234,11 @@ def main(args: argparse.Namespace) -> None:
     output = plot_folder(args.output)
     check_device(args.device)
     root = Path(args.data_dir, args.split)
-    if not root.is_dir():
+    if root.resolve() == Path(args.data_dir).resolve():
+        raise UserError(f'--split {args.split!r}: is all of {args.data_dir}; give the folder in it to measure on')
+    for name in ('similarity.csv', 'similarity.png', 'features.png'):
+        check_writable(output / name)
+    if not os.path.isdir(root):
         raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
     paths = find_images([str(root)])
     sample = random.Random(0).sample(paths, min(args.images, len(paths)))

@@ -320,9 +320,12 @@ def _read_config(path: Path) -> Dict[str, Any]:
             refuse(key, value, expected)
     if not isinstance(config.get('model_args', {}), dict):
         refuse('model_args', config['model_args'], 'a mapping')
-    if not isinstance(config.get('label_descriptions', {}), dict):
+    descriptions = config.get('label_descriptions', {})
+    if not isinstance(descriptions, dict) or not all(isinstance(text, str) for text in descriptions.values()):
         refuse('label_descriptions', config['label_descriptions'], 'a mapping of label names to text')
     cfg = config['pretrained_cfg']
+    if not isinstance(cfg.get('tag', ''), str):
+        refuse('pretrained_cfg.tag', cfg['tag'], 'a word')
     for key in ('mean', 'std'):
         if len(cfg[key]) not in (1, cfg['input_size'][0]):
             refuse(f'pretrained_cfg.{key}', cfg[key], f'1 or {cfg["input_size"][0]} numbers, as there are channels')

@@ -213,7 +213,9 @@ def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5
         UserError: The outputs aren't finite.
     """
     labels = class_labels(model)
-    model_name = '.'.join(model.pretrained_cfg[key] for key in ('architecture', 'tag') if model.pretrained_cfg.get(key))
+    model_name = '.'.join(
+        str(model.pretrained_cfg[key]) for key in ('architecture', 'tag') if model.pretrained_cfg.get(key)
+    )
     data_config = resolve_data_config(model=model)
     transform = create_transform(**data_config, is_training=False)
     mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'

@@ -3,11 +3,13 @@
 import ast
 import csv
 import io
+import math
 import os
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
+from ..errors import UserError
 from .writing import lock_folder, replacing
 
 __all__ = ['ALIKE', 'COLUMNS', 'IDENTITY', 'ROWS', 'TABLES', 'Row', 'add_result', 'draw', 'read_results', 'report']
@@ -70,10 +72,38 @@ ALIKE = ['dataset', 'schedule', 'epochs', 'precision', 'device', 'recipe', 'imag
 
 
 def read_results(path: Path) -> List[Dict[str, str]]:
-    if not path.exists():
+    """The rows of a CSV file that `add_result` wrote; none if it isn't there.
+
+    Raises:
+        UserError: It can't be read, or has been damaged.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8') as file:
+            results = list(csv.DictReader(file))
+        for line, result in enumerate(results, start=2):
+            _check_result(result, line)
+        runs = [tuple(result[key] for key in IDENTITY) for result in results]
+        if twice := [run for run in runs if runs.count(run) > 1]:
+            raise ValueError(f'there are two rows of {" ".join(filter(None, twice[0]))}')
+    except FileNotFoundError:
         return []
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f'{path}: cannot be read as results ({error}); restore or correct it') from error
+    return results
+
+
+def _check_result(result: Dict[str, str], line: int) -> None:
+    """Raises a ValueError if a row isn't one of those that `add_result` writes."""
+    if {*result} != {*COLUMNS} or None in result.values():
+        raise ValueError(f'line {line} has not the columns {", ".join(COLUMNS)}')
+    if (result['model'], result['arguments']) not in [(row.model, row.arguments) for row in ROWS]:
+        raise ValueError(f'line {line} is of no row of the tables')
+    if result['dataset'] not in ('cifar10', 'cifar100'):
+        raise ValueError(f'line {line} is of the data set {result["dataset"]}')
+    for key in ('seed', 'images', 'parameters', 'multiply_adds'):
+        int(result[key])
+    if not math.isfinite(float(result['train_loss'])) or not 0 <= float(result['top1']) <= 100:
+        raise ValueError(f'line {line} has an accuracy or a loss that cannot be')
 
 
 def add_result(path: Path, result: Dict[str, Any]) -> None:
