@@ -315,6 +315,8 @@ def _negative_variance(weights):
         (dict(config=lambda config: config['pretrained_cfg'].update(interpolation='nope')), 'cannot be prepared'),
         (dict(config=lambda config: config['pretrained_cfg'].update(std=[0, 0, 0])), 'error: --model'),
         (dict(config=lambda config: config['pretrained_cfg'].update(input_size=[3, -5, 32])), 'error: --model'),
+        (dict(config=lambda config: config['pretrained_cfg'].update(input_size=[3, 10**6, 10**6])), 'up to 4096'),
+        (dict(config=lambda config: config['pretrained_cfg'].update(crop_pct=1e-9)), 'from 0.1 on'),
         (dict(weights=_negative_variance), 'not finite'),
     ],
 )

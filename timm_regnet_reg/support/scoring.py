@@ -25,6 +25,9 @@ __all__ = [
     'try_image',
 ]
 
+LARGEST_SIDE = 4096  # pixels
+SMALLEST_CROP = 0.1  # of the image's sides
+
 
 class Score(NamedTuple):
     """Accuracies in percent, the number of images they were measured on, and the class names in label order."""
@@ -149,6 +152,9 @@ def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> to
         UserError: It can't be prepared or classified, or the logits aren't finite. `source` is the file to name.
     """
     try:
+        # before an image is made of a size that no memory holds
+        if max(data_config['input_size'][1:]) > LARGEST_SIDE or not data_config['crop_pct'] >= SMALLEST_CROP:
+            raise ValueError(f'sides up to {LARGEST_SIDE} and a crop_pct from {SMALLEST_CROP} on are expected')
         image = Image.linear_gradient('L').convert(_mode(data_config))
         with torch.inference_mode():
             logits = model(create_transform(**data_config)(image)[None])
