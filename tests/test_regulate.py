@@ -110,6 +110,42 @@ def test_a_fresh_network_takes_part_too():
         assert difference(regulate(model)(x), model(x)) < 1e-4
 
 
+@pytest.mark.parametrize('again', [False, True], ids=['made', 'initialised again'])
+@pytest.mark.parametrize(
+    'name, plain, kwargs',
+    [
+        ('regnet_reg_resnet20_convlstm', 'cifar_resnet20', {}),
+        ('regnet_reg_seresnet20_convrnn', 'cifar_seresnet20', {}),
+        ('regnet_reg_resnet50_convgru', 'resnet50', TINY),
+        ('regnet_reg_resnet18_convlstm', 'resnet18', TINY),
+    ],
+)
+def test_an_untrained_network_starts_as_its_backbone(name, plain, kwargs, again):
+    torch.manual_seed(0)
+    kwargs = dict(kwargs, zero_init_last=False)  # or every residual branch gives zero
+    model, plain = timm.create_model(name, **kwargs), timm.create_model(plain, **kwargs)
+    if again:
+        model.init_weights(zero_init_last=False)
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in plain.state_dict()})
+    x = images(plain, 32)
+    with torch.no_grad():
+        assert difference(model.eval()(x), plain.eval()(x)) < 1e-4
+        in_training = difference(model.train()(x), plain.train()(x))  # batch statistics are not quite what is expected
+        assert in_training < 0.15
+        for block in (block for stage in model._stages() for block in stage):
+            block.fusion_conv.weight.normal_()
+        assert difference(model(x), plain(x)) > 3 * in_training, 'the fusion makes no difference'
+
+
+@pytest.mark.parametrize('kwargs', [dict(act_layer='silu'), dict(norm_layer='groupnorm1')])
+def test_an_untrained_network_of_other_layers_starts_with_the_kernel_alone(kwargs):
+    block = timm.create_model('regnet_reg_resnet18_convgru', **TINY, **kwargs).layer1[0]
+    W = block.fusion_conv.weight[:, :, 0, 0]
+    torch.testing.assert_close(W, torch.eye(16, 32), rtol=0, atol=1e-5)
+    assert W[:, 16:].any(), 'no gradient would reach the cell'
+    assert (block.fusion_bn.weight == 1).all() and not block.fusion_bn.bias.any()
+
+
 @pytest.mark.parametrize('cell', CELLS)
 @pytest.mark.parametrize(
     'kind',

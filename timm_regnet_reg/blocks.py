@@ -6,6 +6,7 @@ Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXi
 """
 
 import copy
+import math
 from typing import Callable, List, Optional, Tuple, Type
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import checkpoint
 from timm.models.resnet import BasicBlock, Bottleneck
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from .cells import FoldedCell, RegulatorCell
@@ -26,6 +28,7 @@ __all__ = [
     'RegulatedStage',
     'ZeroPadShortcut',
     'ZeroShortcut',
+    'can_start_at_identity',
     'fold_batch_norms',
     'regulate_block',
 ]
@@ -46,9 +49,15 @@ class Fusion(nn.Module):
         self.reset_parameters()
 
     @torch.jit.ignore
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As timm's ResNet initialises its convolutions."""
-        nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
+        """The kernel `[I, 0]`, which gives back X, whatever H is.
+
+        In place of the zeros stands noise as small as a rounding error, so that a gradient reaches the cell at once.
+        """
+        N_X = self.weight.shape[0]
+        nn.init.dirac_(self.weight[:, :N_X])
+        self.weight[:, N_X:].normal_(std=torch.finfo(self.weight.dtype).eps)
 
     def forward(self, X: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
         """X (B, N_X, height, width) and H (B, N_H, height, width) to (B, N_X, height, width)."""
@@ -75,8 +84,37 @@ class ZeroShortcut(nn.Module):
         return x.new_zeros(1)
 
 
+def can_start_at_identity(norm: nn.Module, act: nn.Module) -> bool:
+    """Whether the norm can undo itself, and the activation leaves its own output as it is."""
+    is_affine_bn = isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.weight is not None
+    return is_affine_bn and type(act) is nn.ReLU
+
+
 class _RegulatedBlock(nn.Module):
     """What the two regulated blocks have in common."""
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def start_at_identity(self) -> None:
+        """Let the fusion give back its X: a regulated block starts as the plain block that it is made of.
+
+        The fusion's BN undoes itself. For evaluation any mean and variance would do; so that batch statistics leave X
+        as it is too, they are those of `X = ReLU(BN(·))`, which follow from that BN alone: its output is taken as
+        normal with mean β and deviation |γ|. With other activations and norms than these the kernel alone is set.
+        """
+        self.fusion_conv.reset_parameters()
+        bn, fusion_bn = self.bn1 if isinstance(self, BasicBlock) else self.bn2, self.fusion_bn
+        if not can_start_at_identity(bn, self.act1):
+            return
+        beta, gamma = bn.bias.double(), bn.weight.double().abs().clamp(min=1e-12)
+        cdf = torch.special.ndtr(beta / gamma)
+        pdf = torch.exp(-((beta / gamma) ** 2) / 2) / math.sqrt(2 * math.pi)
+        mean = beta * cdf + gamma * pdf
+        var = ((beta**2 + gamma**2) * cdf + beta * gamma * pdf - mean**2).clamp(min=0)
+        fusion_bn.running_mean.copy_(mean)
+        fusion_bn.running_var.copy_(var)
+        fusion_bn.weight.copy_((fusion_bn.running_var.double() + fusion_bn.eps).sqrt())
+        fusion_bn.bias.copy_(fusion_bn.running_mean)
 
     def add_shortcut(self, X: torch.Tensor, X1: torch.Tensor) -> torch.Tensor:
         """The residual branch's X, after its attention and stochastic depth, plus the shortcut of the block's input."""
@@ -146,7 +184,7 @@ def regulate_block(
     cell: Type[RegulatorCell],
     norm_layer: Callable[..., nn.Module],
 ) -> None:
-    """Turn a timm block into its regulated class, in place: it keeps its layers and gains new ones.
+    """Turn a timm block into its regulated class, in place: it keeps its layers, gains new ones, and computes the same.
 
     Args:
         block: A BasicBlock or Bottleneck.
@@ -170,6 +208,7 @@ def regulate_block(
             if block.stride == 1
             else nn.AvgPool2d(2, block.stride, ceil_mode=True, count_include_pad=False)
         )
+    block.start_at_identity()
 
 
 @torch.no_grad()

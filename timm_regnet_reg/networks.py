@@ -4,7 +4,6 @@ Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXi
 """
 
 import copy
-import math
 import warnings
 from collections import OrderedDict
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
@@ -16,9 +15,16 @@ from timm.models import ResNet, checkpoint_seq, create_model, is_model
 from timm.models._features import feature_take_indices
 from timm.models._input import get_model_args
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .blocks import REGULATED_BLOCKS, PlainStage, RegulatedStage, ZeroPadShortcut, ZeroShortcut, fold_batch_norms
+from .blocks import (
+    REGULATED_BLOCKS,
+    PlainStage,
+    RegulatedStage,
+    ZeroPadShortcut,
+    ZeroShortcut,
+    can_start_at_identity,
+    fold_batch_norms,
+)
 from .cells import CELLS
 
 __all__ = [
@@ -29,7 +35,6 @@ __all__ = [
     'check_regulable',
     'check_regulated',
     'regulate',
-    'start_at_identity',
 ]
 
 
@@ -98,7 +103,7 @@ class RegulatedResNet(ResNet):
             if isinstance(stage, RegulatedStage):
                 stage.regulator.reset_parameters()
                 for block in stage:
-                    block.fusion_conv.reset_parameters()
+                    block.start_at_identity()
 
     def _set_shortcut(self, shortcut: str) -> None:
         if shortcut == 'conv':
@@ -364,38 +369,11 @@ def _check_layers(name: str, stage: nn.Module) -> None:
         if type(block.act1) is not nn.ReLU:
             raise TypeError(f'{name} of the given network has activation {type(block.act1).__name__}. {_ACCEPTED}')
         for bn in (block.bn1, block.bn2):
-            if not isinstance(bn, _BatchNorm) or bn.running_mean is None or bn.weight is None:
+            if not can_start_at_identity(bn, block.act1):
                 raise TypeError(
                     f'{name} of the given network has normalisation {type(bn).__name__}, not an affine batch norm '
                     f'with running statistics. {_ACCEPTED}'
                 )
-
-
-@torch.no_grad()
-def start_at_identity(model: RegulatedResNet) -> None:
-    """Let the fusion of every regulated block give back its X, whatever H is.
-
-    Its kernel is `[I, 0]` and its BN undoes itself. For evaluation any mean and variance would do; so that batch
-    statistics leave X as it is too, they are those of `X = ReLU(BN(·))`, which follow from that BN alone: its output
-    is taken as normal with mean β and deviation |γ|. In place of the zeros stands noise as small as a rounding error,
-    so that a gradient reaches the cell before the kernel has moved.
-    """
-    for block in (block for stage in model.children() if isinstance(stage, RegulatedStage) for block in stage):
-        bn = block.bn1 if isinstance(block, BasicBlock) else block.bn2
-        beta, gamma = bn.bias.double(), bn.weight.double().abs().clamp(min=1e-12)
-        cdf = torch.special.ndtr(beta / gamma)
-        pdf = torch.exp(-((beta / gamma) ** 2) / 2) / math.sqrt(2 * math.pi)
-        mean = beta * cdf + gamma * pdf
-        var = ((beta**2 + gamma**2) * cdf + beta * gamma * pdf - mean**2).clamp(min=0)
-        fusion_bn = block.fusion_bn
-        fusion_bn.running_mean.copy_(mean)
-        fusion_bn.running_var.copy_(var)
-        fusion_bn.weight.copy_((fusion_bn.running_var.double() + fusion_bn.eps).sqrt())
-        fusion_bn.bias.copy_(fusion_bn.running_mean)
-        W = block.fusion_conv.weight
-        W_X, W_H = W[:, : W.shape[0]], W[:, W.shape[0] :]
-        nn.init.dirac_(W_X)
-        W_H.normal_(std=torch.finfo(W_H.dtype).eps)
 
 
 def _can_be_made_again(model: ResNet) -> bool:
@@ -413,7 +391,7 @@ def _can_be_made_again(model: ResNet) -> bool:
 
 
 def add_regulators(model: ResNet, cell: str, stages: Optional[Sequence[int]]) -> None:
-    """Turn a network that passes `check_regulable` into a regulated one, in place; the regulators start at random.
+    """Turn a network that passes `check_regulable` into a regulated one with the same outputs, in place.
 
     Args:
         model: The network.
@@ -468,7 +446,6 @@ def regulate(model: ResNet, cell: str = 'convlstm', stages: Optional[Sequence[in
     check_regulable(model)
     plain, model = model, copy.deepcopy(model)
     add_regulators(model, cell, stages)
-    start_at_identity(model)
     if hasattr(model, 'pretrained_cfg'):
         architecture = model.pretrained_cfg.get('architecture')
         args = {'backbone': architecture, **getattr(model, '_model_args', {}), 'cell': cell, 'regulated_stages': stages}

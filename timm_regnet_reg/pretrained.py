@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
 
+from .blocks import RegulatedStage
 from .errors import UserError
-from .networks import RegulatedResNet, check_regulated, start_at_identity
+from .networks import RegulatedResNet, check_regulated
 
 __all__ = [
     'WEIGHTS_FOLDER',
@@ -276,7 +277,10 @@ def filter_checkpoint(state_dict: Dict[str, torch.Tensor], model: RegulatedResNe
     if not warm_start:
         return state_dict
     model.load_state_dict({key: value for key, value in state_dict.items() if '.bn' in key}, strict=False)
-    start_at_identity(model)
+    for stage in model.children():
+        if isinstance(stage, RegulatedStage):
+            for block in stage:
+                block.start_at_identity()
     return {**state_dict, **{key: value for key, value in model.state_dict().items() if is_added(key)}}
 
 
