@@ -303,6 +303,12 @@ class RegulatedStage(_Stage):
         if isinstance(self.regulator, RegulatorCell):
             self.regulator = FoldedCell(self.regulator)
 
+    @torch.jit.ignore
+    def start_at_identity(self) -> None:
+        """Let every block start as the plain block that it is made of."""
+        for block in self:
+            block.start_at_identity()
+
     def __len__(self) -> int:
         return len(self._modules) - 1
 

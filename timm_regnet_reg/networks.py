@@ -102,8 +102,7 @@ class RegulatedResNet(ResNet):
         for stage in self.children():
             if isinstance(stage, RegulatedStage):
                 stage.regulator.reset_parameters()
-                for block in stage:
-                    block.start_at_identity()
+                stage.start_at_identity()
 
     def _set_shortcut(self, shortcut: str) -> None:
         if shortcut == 'conv':

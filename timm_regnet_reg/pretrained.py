@@ -279,8 +279,7 @@ def filter_checkpoint(state_dict: Dict[str, torch.Tensor], model: RegulatedResNe
     model.load_state_dict({key: value for key, value in state_dict.items() if '.bn' in key}, strict=False)
     for stage in model.children():
         if isinstance(stage, RegulatedStage):
-            for block in stage:
-                block.start_at_identity()
+            stage.start_at_identity()
     return {**state_dict, **{key: value for key, value in model.state_dict().items() if is_added(key)}}
 
 
