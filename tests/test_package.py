@@ -128,6 +128,12 @@ def test_what_the_run_changed_in_its_recipe_stands_in_the_card(trained, package,
     assert 'recipe.yaml with epochs 3 instead of 164 |' in (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
 
 
+def test_the_card_of_a_resumed_run_says_that_its_seed_is_the_last_parts(trained, package, tmp_path):
+    change = lambda c: vars(c['args']).update(resume='last.pth.tar')  # noqa: E731
+    assert package(changed_checkpoint(trained, tmp_path / 'resumed.pth.tar', change))[0] == 0
+    assert '| Seed | 7 after the last resumption |' in (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
+
+
 def test_packaging_again_gives_the_same_bytes_and_leaves_nothing_else(packaged, package, tmp_path):
     for _ in range(2):
         assert package(data_name='12 images of noise')[0] == 0

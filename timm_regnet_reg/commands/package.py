@@ -260,7 +260,8 @@ def main(args: argparse.Namespace) -> None:
     details = {
         'Recipe': recipe,
         'Epochs': f'{epochs} of {train_args.get("epochs")}',
-        'Seed': train_args.get('seed'),
+        # train.py knows no other arguments than those that it was started with last
+        'Seed': f'{train_args.get("seed")}{" after the last resumption" if train_args.get("resume") else ""}',
         'Weights': 'exponential moving average (EMA)' if args.use_ema else 'last of the epoch',
         **({'Split batch norm': AUXILIARY} if auxiliary else {}),
         'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
