@@ -129,8 +129,10 @@ def test_what_the_run_changed_in_its_recipe_stands_in_the_card(trained, package,
 
 
 def test_the_card_of_a_resumed_run_says_that_its_seed_is_the_last_parts(trained, package, tmp_path):
-    change = lambda c: vars(c['args']).update(resume='last.pth.tar')  # noqa: E731
-    assert package(changed_checkpoint(trained, tmp_path / 'resumed.pth.tar', change))[0] == 0
+    path = changed_checkpoint(
+        trained, tmp_path / 'new.pth.tar', lambda c: c['args'].__setattr__('resume', 'old.pth.tar')
+    )
+    assert package(path)[0] == 0
     assert '| Seed | 7 after the last resumption |' in (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
 
 

@@ -28,7 +28,7 @@ __all__ = [
     'RegulatedStage',
     'ZeroPadShortcut',
     'ZeroShortcut',
-    'can_start_at_identity',
+    'can_undo_itself',
     'fold_batch_norms',
     'regulate_block',
 ]
@@ -56,7 +56,7 @@ class Fusion(nn.Module):
         In place of the zeros stands noise as small as a rounding error, so that a gradient reaches the cell at once.
         """
         N_X = self.weight.shape[0]
-        nn.init.dirac_(self.weight[:, :N_X])
+        nn.init.eye_(self.weight[:, :N_X, 0, 0])
         self.weight[:, N_X:].normal_(std=torch.finfo(self.weight.dtype).eps)
 
     def forward(self, X: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
@@ -84,10 +84,9 @@ class ZeroShortcut(nn.Module):
         return x.new_zeros(1)
 
 
-def can_start_at_identity(norm: nn.Module, act: nn.Module) -> bool:
-    """Whether the norm can undo itself, and the activation leaves its own output as it is."""
-    is_affine_bn = isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.weight is not None
-    return is_affine_bn and type(act) is nn.ReLU
+def can_undo_itself(norm: nn.Module) -> bool:
+    """Whether the norm is a batch norm whose weight and bias can take back what its running statistics do."""
+    return isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.weight is not None
 
 
 class _RegulatedBlock(nn.Module):
@@ -104,7 +103,7 @@ class _RegulatedBlock(nn.Module):
         """
         self.fusion_conv.reset_parameters()
         bn, fusion_bn = self.bn1 if isinstance(self, BasicBlock) else self.bn2, self.fusion_bn
-        if not can_start_at_identity(bn, self.act1):
+        if not can_undo_itself(bn) or type(self.act1) is not nn.ReLU:
             return
         beta, gamma = bn.bias.double(), bn.weight.double().abs().clamp(min=1e-12)
         cdf = torch.special.ndtr(beta / gamma)

@@ -22,7 +22,7 @@ from .blocks import (
     RegulatedStage,
     ZeroPadShortcut,
     ZeroShortcut,
-    can_start_at_identity,
+    can_undo_itself,
     fold_batch_norms,
 )
 from .cells import CELLS
@@ -368,7 +368,7 @@ def _check_layers(name: str, stage: nn.Module) -> None:
         if type(block.act1) is not nn.ReLU:
             raise TypeError(f'{name} of the given network has activation {type(block.act1).__name__}. {_ACCEPTED}')
         for bn in (block.bn1, block.bn2):
-            if not can_start_at_identity(bn, block.act1):
+            if not can_undo_itself(bn):
                 raise TypeError(
                     f'{name} of the given network has normalisation {type(bn).__name__}, not an affine batch norm '
                     f'with running statistics. {_ACCEPTED}'
