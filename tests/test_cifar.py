@@ -79,7 +79,7 @@ def hidden(tmp_path):
 
 
 def test_images_of_a_folder_are_padded_and_otherwise_exact(source, tmp_path):
-    (tmp_path / '.out.partial' / 'train').mkdir(parents=True)  # of a process that was killed
+    (tmp_path / '.out.99999999.new' / 'train').mkdir(parents=True)  # of a process that was killed
     (tmp_path / 'out').mkdir()
     assert main(['cifar', str(tmp_path / 'out'), '--source', str(source)]) == 0
     check(tmp_path / 'out')

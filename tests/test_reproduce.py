@@ -4,6 +4,7 @@ The tests that train need timm's train.py; see test_recipes.py.
 """
 
 import argparse
+import ast
 import csv
 import json
 import os
@@ -25,7 +26,7 @@ from timm_regnet_reg.arguments import _reproduce
 from timm_regnet_reg.commands import reproduce
 from timm_regnet_reg.commands.reproduce import SCHEDULES, Run
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.support.results import COLUMNS, ROWS, TABLES, add_result, read_results
+from timm_regnet_reg.support.results import COLUMNS, ROWS, TABLES, add_result, read_results, report
 from timm_regnet_reg.support.writing import lock_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,8 +40,8 @@ def arguments(tmp_path, *more):
     return parser.parse_args([*folders, *more])
 
 
-def create_run(tmp_path, *more, row=ROWS[0], seed=0, recipe=RECIPE):
-    return Run(row, seed, arguments(tmp_path, *more), recipe, {'train': 50000, 'validation': 5000})
+def create_run(tmp_path, *more, row=ROWS[0], seed=0, recipe=RECIPE, train=50000, validation=5000):
+    return Run(row, seed, arguments(tmp_path, *more), recipe, {'train': train, 'validation': validation})
 
 
 def begin(run):
@@ -51,13 +52,13 @@ def begin(run):
 def create_result(row, seed, top1, **more):
     result = dict.fromkeys(COLUMNS, '1')
     result.update(model=row.model, arguments=row.arguments, dataset='cifar10', schedule='short', precision='bf16')
-    return {**result, 'seed': seed, 'top1': top1, 'parameters': 272474, 'multiply_adds': 40813, **more}
+    return {**result, 'seed': seed, 'top1': top1, 'parameters': 272474, 'multiply_adds': 40813184, **more}
 
 
 @pytest.mark.parametrize('schedule', SCHEDULES)
 @pytest.mark.parametrize('row', ROWS, ids=str)
 def test_train_py_understands_every_row(row, schedule, parsers):  # noqa: F811
-    options = reproduce.train_options(row, 'cifar10', schedule, 'bf16', 'cpu', 7)
+    options = reproduce.common_options('cifar10', schedule, 'bf16', 'cpu') + reproduce.run_options(row, 7)
     args = parsers['train.py'].parse_args(options)
     assert (args.model, args.seed, args.model_kwargs or {}) == (row.model, 7, row.kwargs)
     assert args.amp and args.amp_dtype == 'bfloat16' and args.torchcompile == 'inductor'
@@ -75,7 +76,8 @@ def test_arguments_offer_the_tables_and_schedules():
 @pytest.mark.parametrize(
     'change',
     [
-        dict(recipe={**RECIPE, 'momentum': 0.8}),
+        dict(recipe={**RECIPE, 'momentum': 0.8}, differ='recipe'),
+        dict(train=45000, differ='images'),
         dict(more=['--schedule', 'papers'], only_results=True),
         dict(more=['--float32'], only_results=True),
         dict(row=ROWS[1], only_results=True),
@@ -83,8 +85,9 @@ def test_arguments_offer_the_tables_and_schedules():
     ],
 )
 def test_settings_never_mix(change, tmp_path):
-    """Another recipe is refused; another schedule, precision, row or seed is another run."""
-    separate = change.pop('only_results', False)
+    """Other training images or another recipe are refused; another schedule, precision, row or seed is another run."""
+    change = dict(change)
+    separate, differ = change.pop('only_results', False), change.pop('differ', '')
     run, other = create_run(tmp_path), create_run(tmp_path, *change.pop('more', []), **change)
     begin(run)
     results = [{**dict.fromkeys(COLUMNS, '1'), **run.facts}]
@@ -93,8 +96,25 @@ def test_settings_never_mix(change, tmp_path):
         assert other.folder != run.folder and not other.check(results)
         return
     for known in results, []:  # by the results, and by the folder
-        with pytest.raises(UserError, match='other settings'):
+        with pytest.raises(UserError, match=rf'other settings \((the number of training )?{differ}'):
             other.check(known)
+
+
+@pytest.mark.parametrize('cuda', [False, True])
+def test_the_published_results_stand_in_nobodys_way(cuda, tmp_path, monkeypatch):
+    """They are of 5,000 images and a CPU; the whole test set, and a GPU, make rows of their own."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    known = read_results(ROOT / 'train_recipes' / 'results' / 'cifar10.csv')
+    assert create_run(tmp_path).check(known) != cuda
+    assert not create_run(tmp_path, validation=10000).check(known)
+
+
+def test_rows_of_one_comparison_have_settings_in_common_and_others_not(tmp_path):
+    run = create_run(tmp_path)
+    alike = [create_run(tmp_path, row=row, seed=seed) for row in ROWS for seed in (0, 1)]
+    assert {other.facts['settings'] for other in alike} == {run.facts['settings']}
+    others = [create_run(tmp_path, '--schedule', 'papers'), create_run(tmp_path, train=45000)]
+    assert run.facts['settings'] not in {other.facts['settings'] for other in others}
 
 
 def test_a_folder_of_unknown_origin_is_not_continued(tmp_path):
@@ -123,6 +143,14 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
         assert reproduce.newest_checkpoint(tmp_path) == (tmp_path / f'{expected[0]}.pth.tar', expected[1])
 
 
+def test_a_run_is_not_begun_anew_over_checkpoints_that_cannot_be_loaded(tmp_path):
+    (tmp_path / 'tmp.pth.tar').write_bytes(b'')  # killed before the end of the first epoch
+    assert reproduce.newest_checkpoint(tmp_path) == (None, 0)
+    (tmp_path / 'last.pth.tar').write_bytes(b'damaged')
+    with pytest.raises(UserError, match='last.pth.tar: cannot be loaded'):
+        reproduce.newest_checkpoint(tmp_path)
+
+
 def test_summary_of_a_run_that_was_resumed_counts_each_epoch_once(tmp_path):
     header = 'epoch,train_loss,eval_top1\n'
     (tmp_path / 'summary.csv').write_text(f'{header}0,2.0,30\n1,1.5,40\n{header}1,1.4,41\n2,1.3')
@@ -143,25 +171,32 @@ def test_results_are_kept_in_the_order_of_the_tables(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_report_has_mean_deviation_and_seeds_and_keeps_precisions_apart(tmp_path, capsys):
+def test_report_has_mean_deviation_and_seeds_and_keeps_precisions_and_settings_apart(tmp_path, capsys):
     """91, 92 and 93 % are errors of 8 ± 1 %; the papers' are SPEC's."""
     path = tmp_path / 'results' / 'cifar10.csv'
     for seed, top1 in enumerate((91, 92, 93)):
         add_result(path, create_result(ROWS[0], seed, top1))
     add_result(path, create_result(ROWS[3], 0, 92.5))
     add_result(path, create_result(ROWS[0], 0, 90, precision='float32'))
+    add_result(path, create_result(ROWS[0], 3, 70, settings='2'))
     command = ['reproduce', '--report', '--results', str(path.parent)]
     assert main(command) == 0
     text = capsys.readouterr().out
     lines = [line for line in text.splitlines() if line.startswith(('| cifar', '| regnet'))]
     assert lines == [
-        '| cifar_resnet20 | 0.272M | 0.0M | 8.00 ± 1.00 | 3 | 1.000 | 8.38 |',
-        '| regnet_reg_resnet20_convlstm | 0.272M | 0.0M | 7.50 | 1 | 1.000 | 7.28 |',
-        '| cifar_resnet20 | 0.272M | 0.0M | 10.00 | 1 | 1.000 | 8.38 |',
+        '| cifar_resnet20 | 0.272M | 40.8M | 8.00 ± 1.00 | 3 | 1.000 | 8.38 |',
+        '| regnet_reg_resnet20_convlstm | 0.272M | 40.8M | 7.50 | 1 | 1.000 | 7.28 |',
+        '| cifar_resnet20 | 0.272M | 40.8M | 30.00 | 1 | 1.000 | 8.38 |',
+        '| cifar_resnet20 | 0.272M | 40.8M | 10.00 | 1 | 1.000 | 8.38 |',
     ]
     picture = path.with_suffix('.png').read_bytes()
     assert main(command) == 0 and path.with_suffix('.png').read_bytes() == picture
-    assert Image.open(path.with_suffix('.png')).size == (1200, 450)
+    assert Image.open(path.with_suffix('.png')).size == (1800, 450)
+
+
+def test_report_says_what_was_trained_with(tmp_path):
+    results = [create_result(ROWS[0], seed, 91, torch=torch) for seed, torch in ((0, '2.15.0'), (1, '2.16.0'))]
+    assert 'torch 2.15.0 and 2.16.0, python 1:' in report(results)
 
 
 @pytest.mark.parametrize(
@@ -239,9 +274,64 @@ def test_a_run_in_use_by_another_process_is_left_alone(data, tmp_path, monkeypat
     run = create_run(tmp_path)
     begin(run)
     lock = lock_folder(run.folder, seconds=0)
-    with pytest.raises(BlockingIOError):
-        run.start('train.py', str(data), 1)
+    with pytest.raises(UserError, match='in use by another process'):
+        run.start('train.py', str(data), 1, tmp_path / 'cifar10.csv')
     os.close(lock)
+
+
+def start(run, tmp_path, script='', results=()):
+    """Start a run with a train.py of its own; what it was given is in the folder's log."""
+    path = tmp_path / 'results' / 'cifar10.csv'
+    for result in results:
+        add_result(path, result)
+    (tmp_path / 'train.py').write_text(f'import sys\nprint(sys.argv)\n{script}')
+    started = run.start(str(tmp_path / 'train.py'), 'DIR', 1, path)
+    if started:
+        run.process.wait()
+    return started, path
+
+
+def test_a_run_that_another_process_has_finished_is_not_trained_again(tmp_path):
+    """The results, and who holds the folder, are looked at again when a run's turn comes."""
+    run = create_run(tmp_path)
+    assert not run.check([])
+    result = create_result(ROWS[0], 0, 91, device='cpu', images='5000', settings=run.facts['settings'])
+    assert start(run, tmp_path, results=[result])[0] is False
+    os.close(lock_folder(run.folder, seconds=0))
+    with pytest.raises(UserError, match='has a row of this run'):
+        add_result(tmp_path / 'results' / 'cifar10.csv', result)
+
+
+def test_a_run_that_another_process_has_begun_with_other_settings_is_left_alone(tmp_path):
+    run = create_run(tmp_path)
+    other = create_run(tmp_path, recipe={**RECIPE, 'momentum': 0.8})
+    begin(other)
+    with pytest.raises(UserError, match='other settings'):
+        start(run, tmp_path)
+    assert json.loads((run.folder / 'settings.json').read_text())['recipe']['momentum'] == 0.8
+
+
+def test_a_run_goes_on_with_its_own_recipe_and_another_seed(tmp_path):
+    """train.py's random numbers begin at the seed whenever it starts: after a stop they must be others."""
+    run = create_run(tmp_path, seed=2)
+    begin(run)
+    torch.save({'epoch': 6, 'args': argparse.Namespace()}, run.folder / 'last.pth.tar')
+    assert start(run, tmp_path)[0]
+    arguments = ast.literal_eval((run.folder / 'log.txt').read_text().splitlines()[-1])
+    given = {key: value for key, value in zip(arguments, arguments[1:]) if key.startswith('--')}  # the last one counts
+    assert given['--resume'] == str(run.folder / 'last.pth.tar') and given['--seed'] == '7002'
+    assert yaml.safe_load(Path(given['--config']).read_text()) == RECIPE
+    run.stop()
+
+
+def test_a_training_that_diverged_makes_no_row(tmp_path):
+    run = create_run(tmp_path)
+    summary = 'epoch,train_loss,eval_top1,eval_top5\n29,nan,10,50\n'
+    path = start(run, tmp_path, f'open({str(run.folder / "summary.csv")!r}, "w").write({summary!r})')[1]
+    with pytest.raises(UserError, match='diverged'):
+        run.finish(path)
+    assert read_results(path) == []
+    os.close(lock_folder(run.folder, seconds=0))
 
 
 def write_results(path, *results):

@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from ..errors import UserError, reason
-from ..support.writing import check_writable
+from ..support.writing import check_writable, hidden
 
 DATASETS = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
 SIZE, BORDER = 32, 4
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f'{args.dir}: exists already and is not empty; give another folder, or move it away')
     check_writable(folder, folder=True)
-    partial = folder.with_name(f'.{folder.name}.partial')
+    partial = hidden(folder)
     if args.source is not None:
         files = {split: _files(Path(args.source), split, args.dataset) for split in SPLITS}
         classes = {split: {file.parent.name for file in files[split]} for split in SPLITS}
@@ -92,7 +92,6 @@ def main(args: argparse.Namespace) -> None:
             only = ', '.join(sorted(classes['train'] ^ classes['validation']))
             raise UserError(f'{args.source}: train and validation hold different classes; only one of them has {only}')
 
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         partial.mkdir(parents=True)
         for split, border in SPLITS.items():

@@ -25,6 +25,7 @@ import csv
 import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import signal
@@ -71,17 +72,22 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def train_options(row: Row, dataset: str, schedule: str, precision: str, device: str, seed: int) -> List[str]:
-    """What train.py is given, but for folders."""
+def common_options(dataset: str, schedule: str, precision: str, device: str) -> List[str]:
+    """What train.py is given for all runs that are compared."""
     return [
-        *('--config', f'train_recipes/{dataset}.yaml', '--model', row.model),
-        *(['--model-kwargs', *row.arguments.split()] if row.arguments else []),
+        *('--config', f'train_recipes/{dataset}.yaml'),
         *(word for key, value in SCHEDULES[schedule].items() for word in (f'--{key}', str(value))),
         *PRECISIONS[precision],
-        *('--device', device, '--seed', str(seed), '--checkpoint-hist', '1'),
+        *('--device', device, '--checkpoint-hist', '1'),
         # a run's one core has no time for processes that wait for it
         *(['--workers', '0'] if device == 'cpu' else []),
     ]
+
+
+def run_options(row: Row, seed: int) -> List[str]:
+    """What train.py is given for one of them."""
+    kwargs = ['--model-kwargs', *row.arguments.split()] if row.arguments else []
+    return ['--model', row.model, *kwargs, '--seed', str(seed)]
 
 
 def check_data(data_dir: str, dataset: str) -> Dict[str, int]:
@@ -127,16 +133,25 @@ def _read_recipe(path: Path) -> Dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path) -> Tuple[Optional[Path], int]:
-    """The latest checkpoint that can be loaded, and the number of epochs that it has seen; (None, 0) without one."""
+    """The latest checkpoint that can be loaded, and the number of epochs that it has seen; (None, 0) without one.
+
+    Raises:
+        UserError: There are checkpoints, but none can be loaded.
+    """
     newest: Tuple[Optional[Path], int] = (None, 0)
-    for path in folder.glob('*.pth.tar'):
+    failed = ''
+    for path in sorted(folder.glob('*.pth.tar')):
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):  # train.py's own arguments
                 epochs = torch.load(path, map_location='cpu', weights_only=True)['epoch'] + 1
-        except Exception:  # half-written, as its process was killed; an older one will do
+        except Exception as error:  # half-written, as its process was killed; an older one will do
+            if not path.name.startswith('tmp'):  # what train.py writes before it renames it
+                failed = f'{path}: cannot be loaded ({reason(error)}), and nor can another checkpoint of the run'
             continue
         if epochs > newest[1]:
             newest = path, epochs
+    if failed and newest[0] is None:
+        raise UserError(f'{failed}; restore one, or remove the folder to start over')
     return newest
 
 
@@ -171,7 +186,8 @@ class Run:
         self.row, self.seed = row, seed
         precision = 'float32' if args.float32 else 'bf16'
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        self.options = train_options(row, args.dataset, args.schedule, precision, device, seed)
+        common = common_options(args.dataset, args.schedule, precision, device)
+        self.options = [*common, *run_options(row, seed)]
         self.epochs = SCHEDULES[args.schedule].get('epochs', recipe['epochs'])
         self.settings = {'options': self.options, 'recipe': recipe, 'images': images}
         self.facts = {
@@ -181,11 +197,11 @@ class Run:
             'schedule': args.schedule,
             'precision': precision,
             'seed': str(seed),
-            'images': images['validation'],
+            'images': str(images['validation']),
             'epochs': self.epochs,
             'device': device,
             'recipe': _digest(recipe),
-            'settings': _digest(self.settings),
+            'settings': _digest({**self.settings, 'options': common}),
             'options': ' '.join(self.options),
         }
         stages = ''.join(f'-stage{i}' for i in row.kwargs.get('regulated_stages', ()))
@@ -206,10 +222,11 @@ class Run:
         for result in results:
             if all(result[key] == self.facts[key] for key in IDENTITY):
                 if result['settings'] != self.facts['settings']:
+                    told = [key for key in ('options', 'recipe') if result[key] != self.facts[key]]
                     raise UserError(
-                        f'{self}: has a result that was trained with other settings (options: {result["options"]}; '
-                        f'recipe {result["recipe"]} instead of {self.facts["recipe"]}). Give another --results, or '
-                        'remove its row'
+                        f'{self}: has a result that was trained with other settings '
+                        f'({", ".join(told) or "the number of training images"}). Give another --results, or remove '
+                        'its row'
                     )
                 return True
         file = self.folder / 'settings.json'
@@ -223,15 +240,22 @@ class Run:
                 )
         return False
 
-    def start(self, train_py: str, data_dir: str, threads: int) -> None:
-        """Start training, or go on after the last complete epoch.
+    def start(self, train_py: str, data_dir: str, threads: int, results: Path) -> bool:
+        """Start training, or go on after the last complete epoch; False if it has come to be among the results.
 
         Raises:
-            BlockingIOError: Another process trains this run.
+            UserError: Another process trains this run, or has begun it with other settings, or no checkpoint of it can
+                be loaded.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(self.folder, LOCK_SECONDS)
+        self.lock = lock_folder(self.folder, LOCK_SECONDS)
+        started = False
         try:
+            if self.check(read_results(results)):
+                return False
+            recipe = self.folder / 'recipe.yaml'  # what the settings say, whatever becomes of the original
+            with replacing(recipe) as new:
+                new.write_text(yaml.safe_dump(self.settings['recipe']), encoding='utf-8')
             with replacing(self.folder / 'settings.json') as new:
                 new.write_text(json.dumps(self.settings, indent=1), encoding='utf-8')
             checkpoint, self.done = newest_checkpoint(self.folder)
@@ -261,21 +285,25 @@ class Run:
                 if sys.platform == 'linux':
                     libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with this process, however that ends
 
-            folders = ['--data-dir', data_dir, '--output', str(self.folder.parent), '--experiment', self.folder.name]
+            places = ['--config', str(recipe), '--data-dir', data_dir]
+            places += ['--output', str(self.folder.parent), '--experiment', self.folder.name]
             with open(self.folder / 'log.txt', 'ab') as log:
                 self.process = subprocess.Popen(
                     # `run`, for a train.py in a clone would take the clone's timm
-                    [sys.executable, '-m', 'timm_regnet_reg', 'run', train_py, *self.options, *folders, *resume],
+                    [sys.executable, '-m', 'timm_regnet_reg', 'run', train_py, *self.options, *places, *resume],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environment,
                     preexec_fn=in_child,
                     start_new_session=True,  # Ctrl-C is for this process; train.py would end with success
-                    pass_fds=[lock],
+                    pass_fds=[self.lock],
                 )
+            started = True
         finally:
-            os.close(lock)
+            if not started:
+                os.close(self.lock)
+        return started
 
     def progress(self) -> Optional[Dict[str, float]]:
         """The figures of the last epoch, if it is a new one."""
@@ -296,10 +324,35 @@ class Run:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        os.close(self.lock)
+
+    def finish(self, results: Path) -> None:
+        """Add the row of a run whose process has ended to the results.
+
+        Raises:
+            UserError: train.py failed, the training diverged, or the row can't be added.
+        """
+        try:
+            if self.process.returncode != 0 or self.epochs - 1 not in read_summary(self.folder):
+                log = self.folder / 'log.txt'
+                end = '\n  '.join(log.read_text(errors='replace').splitlines()[-5:])
+                raise UserError(f'train.py ended with code {self.process.returncode}; the end of {log}:\n  {end}')
+            add_result(results, self.result())
+        finally:
+            os.close(self.lock)
 
     def result(self) -> Dict[str, Any]:
-        """The row of a run that is through."""
+        """The row of a run that is through.
+
+        Raises:
+            UserError: The training diverged.
+        """
         last = read_summary(self.folder)[self.epochs - 1]
+        if not math.isfinite(last['train_loss']):
+            raise UserError(
+                f'the training diverged (loss {last["train_loss"]} in the last epoch), and makes no row; see '
+                f'{self.folder}, and remove it to start over'
+            )
         classes = int(self.facts['dataset'].removeprefix('cifar'))
         model = timm.create_model(self.row.model, num_classes=classes, device='meta', **self.row.kwargs).eval()
         parameters, multiply_adds = count(model, torch.empty(1, 3, 32, 32, device='meta'))
@@ -341,14 +394,20 @@ def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: in
     running: List[Run] = []
     failed: List[str] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
+
+    def fail(run: Run, error: UserError) -> None:
+        failed.append(f'{run}: {error}')
+        print(failed[-1], file=sys.stderr, flush=True)
+
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 try:
-                    run.start(train_py, data_dir, threads)
-                except BlockingIOError:
-                    failed.append(f'{run}: {run.folder} is in use by another process that trains it')
+                    if not run.start(train_py, data_dir, threads, results):
+                        continue
+                except UserError as error:
+                    fail(run, error)
                     continue
                 running.append(run)
                 print(f'{run}: {f"goes on after epoch {run.done}" if run.done else "starts"}', flush=True)
@@ -365,14 +424,12 @@ def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: in
                 if code is None:
                     continue
                 running.remove(run)
-                if code == 0 and run.epochs - 1 in read_summary(run.folder):
-                    add_result(results, run.result())
-                    print(f'{run}: done, in {results}', flush=True)
-                else:
-                    log = run.folder / 'log.txt'
-                    lines = log.read_text(errors='replace').splitlines()[-5:]
-                    failed.append(f'{run}: train.py ended with code {code}; the end of {log}:\n  ' + '\n  '.join(lines))
-                    print(failed[-1], file=sys.stderr, flush=True)
+                try:
+                    run.finish(results)
+                except UserError as error:
+                    fail(run, error)
+                    continue
+                print(f'{run}: done, in {results}', flush=True)
     finally:
         for run in running:
             run.stop()
@@ -402,8 +459,8 @@ def main(args: argparse.Namespace) -> None:
         known = read_results(results)
         if not known:
             raise UserError(f'{results}: no results yet; train first')
-        plot_folder(args.results)
         print(report(known))
+        plot_folder(args.results)
         draw(known, results.with_suffix('.png'))
         return
 

@@ -63,12 +63,12 @@ TABLES: Dict[str, List[Row]] = {
     ],
 }
 ROWS = [row for rows in TABLES.values() for row in rows]
-IDENTITY = ['model', 'arguments', 'dataset', 'schedule', 'precision', 'seed']
-MEASURED = ['top1', 'top5', 'train_loss', 'images', 'parameters', 'multiply_adds', 'seconds']
-PROVENANCE = ['epochs', 'device', 'recipe', 'settings', 'python', 'torch', 'timm', 'timm_regnet_reg', 'options']
-COLUMNS = IDENTITY + MEASURED + PROVENANCE
-# what rows must have in common for a mean or a table
-ALIKE = ['dataset', 'schedule', 'epochs', 'precision', 'device', 'recipe', 'images']
+IDENTITY = ['model', 'arguments', 'dataset', 'schedule', 'precision', 'device', 'images', 'seed']
+MEASURED = ['top1', 'top5', 'train_loss', 'parameters', 'multiply_adds', 'seconds']
+VERSIONS = ['timm_regnet_reg', 'timm', 'torch', 'python']
+COLUMNS = IDENTITY + MEASURED + ['epochs', 'recipe', 'settings'] + VERSIONS + ['options']
+# what rows must have in common for a mean or a table; `settings` is a digest of all that the runs are given alike
+ALIKE = ['dataset', 'schedule', 'epochs', 'precision', 'device', 'images', 'settings']
 
 
 def read_results(path: Path) -> List[Dict[str, str]]:
@@ -107,12 +107,19 @@ def _check_result(result: Dict[str, str], line: int) -> None:
 
 
 def add_result(path: Path, result: Dict[str, Any]) -> None:
-    """Adds a row, in the order of the tables and seeds; other processes may do so at the same time."""
+    """Adds a row, in the order of the tables and seeds; other processes may do so at the same time.
+
+    Raises:
+        UserError: The file can't be read or written, or has a row of that run.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(path.parent, seconds=60)
     try:
         order = {(row.model, row.arguments): index for index, row in enumerate(ROWS)}
-        results = [*read_results(path), {key: str(value) for key, value in result.items()}]
+        results = read_results(path)
+        if any(all(known[key] == str(result[key]) for key in IDENTITY) for known in results):
+            raise UserError(f'{path}: has a row of this run, which stays')
+        results.append({key: str(value) for key, value in result.items()})
         results.sort(key=lambda r: (r['schedule'], r['precision'], order[r['model'], r['arguments']], int(r['seed'])))
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
@@ -137,8 +144,14 @@ def _title(alike: Tuple[str, ...]) -> str:
     facts = dict(zip(ALIKE, alike))
     return (
         f'{facts["dataset"].replace("cifar", "CIFAR-")}, schedule {facts["schedule"]}, {facts["epochs"]} epochs, '
-        f'{facts["precision"]} on {facts["device"]}, {int(facts["images"]):,} images, recipe {facts["recipe"]}'
+        f'{facts["precision"]} on {facts["device"]}, {int(facts["images"]):,} images, settings {facts["settings"]}'
     )
+
+
+def _versions(results: List[Dict[str, str]]) -> str:
+    """What the runs were trained with."""
+    found = {key: ' and '.join(sorted({result[key] for result in results})) for key in VERSIONS}
+    return 'Trained with ' + ', '.join(f'{key} {versions}' for key, versions in found.items())
 
 
 def _error(results: List[Dict[str, str]]) -> Tuple[float, float]:
@@ -152,7 +165,7 @@ def report(results: List[Dict[str, str]]) -> str:
     lines = []
     for alike, rows in _groups(results).items():
         lines += [
-            f'{_title(alike)}:',
+            f'{_title(alike)}. {_versions([run for runs in rows.values() for run in runs])}:',
             '',
             "| model | parameters | multiply-adds | error, % | seeds | training loss | papers' error, % |",
             '|---|---:|---:|---:|---:|---:|---:|',
@@ -190,6 +203,8 @@ def draw(results: List[Dict[str, str]], path: Path) -> None:
                 backbone = row.model.split('_')[-1 if kind == 'plain' else -2]
                 name = f'{backbone} {row.arguments.removeprefix("regulated_")}'
                 axes.annotate(name, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
-        axes.set(title=_title(alike).replace(', recipe', ',\nrecipe'), xlabel='parameters, millions', ylabel='error, %')
+        axes.set(
+            title=_title(alike).replace(', settings', ',\nsettings'), xlabel='parameters, millions', ylabel='error, %'
+        )
         axes.legend(title="hollow: papers'")
     figure.savefig(path, dpi=100, metadata={'Software': None})

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from ..errors import UserError
 
-__all__ = ['check_writable', 'lock_folder', 'replacing']
+__all__ = ['check_writable', 'hidden', 'lock_folder', 'replacing']
 
 
 def check_writable(path, folder: bool = False) -> None:
@@ -26,7 +26,7 @@ def check_writable(path, folder: bool = False) -> None:
         UserError: Nothing can be written there, or what is there is of the other kind.
     """
     target = Path(os.path.realpath(path))
-    new = _hidden(target, 'new')
+    new = hidden(target)
     try:
         while not _exists(new.parent):  # folders on the way are made when they are needed
             new = new.parent.with_name(new.name)
@@ -56,7 +56,7 @@ def replacing(path, folder: bool = False) -> Iterator[Path]:
     """
     check_writable(path, folder)
     target = Path(os.path.realpath(path))
-    new, old = _hidden(target, 'new'), _hidden(target, 'old')
+    new, old = hidden(target), hidden(target, 'old')
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield new
@@ -89,7 +89,8 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _hidden(target: Path, end: str) -> Path:
+def hidden(target: Path, end: str = 'new') -> Path:
+    """A path beside `target`, of this process; what is there when it has ended is cleared away by `check_writable`."""
     return target.with_name(f'.{target.name}.{os.getpid()}.{end}')
 
 
@@ -136,9 +137,12 @@ def lock_folder(folder: Path, seconds: float) -> int:
     """Locks a folder until its file descriptor is closed here and in all processes that inherited it.
 
     Raises:
-        BlockingIOError: Another process holds it for longer than these seconds.
+        UserError: Another process holds it for longer than these seconds, or the system knows no such locks.
     """
-    import fcntl  # not there on Windows, where all the rest of this is of use
+    try:
+        import fcntl
+    except ImportError as error:
+        raise UserError(f'{folder}: cannot be locked on this system; Linux and macOS can') from error
 
     descriptor = os.open(folder, os.O_RDONLY)
     end = time.monotonic() + seconds
@@ -146,8 +150,8 @@ def lock_folder(folder: Path, seconds: float) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return descriptor
-        except BlockingIOError:
+        except BlockingIOError as error:
             if time.monotonic() > end:
                 os.close(descriptor)
-                raise
+                raise UserError(f'{folder}: is in use by another process; wait for it, or stop it') from error
             time.sleep(0.1)
