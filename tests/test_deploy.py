@@ -87,6 +87,10 @@ def batch_norms(model):
 def test_reparameterized_network_gives_the_same_outputs(net):
     x = images_for(net)
     folded = reparameterize_model(net)
+    synchronised = reparameterize_model(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net)))
+    with torch.no_grad():
+        assert torch.equal(synchronised(x), folded(x))
+    assert not [name for name, m in synchronised.named_modules() if 'layer' in name and isinstance(m, nn.SyncBatchNorm)]
     with torch.no_grad():
         assert_close(folded(x), net(x))
         assert_close(folded.double()(x.double()), copy.deepcopy(net).double()(x.double()), 1e-6)

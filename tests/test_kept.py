@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn as nn
 from test_equations import enliven
-from timm.models import push_to_hf_hub, save_for_hf
+from timm.models import push_to_hf_hub, resolve_model_input_args, save_for_hf
 
 import timm_regnet_reg
 from timm_regnet_reg import pretrained, regulate
@@ -184,3 +184,11 @@ def test_init_weights_starts_everything_again(shortcut):
             assert abs(value.mean()) < 0.2 and not torch.equal(value, start[key]), key
         if key.endswith('regulator.bias'):
             assert not value.any(), key
+
+
+@pytest.mark.parametrize('name, size', [('cifar_resnet20', 32), ('resnet18', 224)])
+def test_arguments_that_timm_resolves_beforehand_are_the_backbones(name, size):
+    model = timm.create_model(**resolve_model_input_args('regnet_reg', backbone=name), device='meta')
+    cfg = timm.get_pretrained_cfg(name)
+    assert model.num_classes == cfg.num_classes and model.pretrained_cfg['input_size'] == (3, size, size)
+    assert model.pretrained_cfg['mean'] == cfg.mean

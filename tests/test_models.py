@@ -568,6 +568,21 @@ def test_ensembles_run_as_one_network(net, memory_format):
         assert_close(a, model(x))
 
 
+@pytest.mark.parametrize('net', ['cifar', 'bottleneck'])
+@pytest.mark.parametrize('part', ['.regulator.', '.fusion_conv.', '.conv1.'])
+def test_ensembles_of_a_part_of_the_network(net, part):
+    """On one backbone, say, several regulators."""
+    models = [lively(net), lively(net)]
+    for p in models[1].parameters():
+        p.data *= 1.5
+    x = images(net)
+    params = [{name: p.detach() for name, p in model.named_parameters() if part in name} for model in models]
+    stacked = {name: torch.stack([p[name] for p in params]) for name in params[0]}
+    actual = vmap(lambda p: functional_call(models[0], p, (x,)))(stacked)
+    for a, p in zip(actual, params):
+        assert_close(a, functional_call(models[0], p, (x,)))
+
+
 @pytest.mark.parametrize('net', ONE_OF_EACH)
 def test_gradients_of_each_image_by_torch_func(net):
     model = lively(net).double()
@@ -741,6 +756,17 @@ def test_feature_extractor_scripts(net):
 # Copies and state
 
 
+@pytest.mark.parametrize('net', ['cifar', 'basic se'])
+def test_a_stage_can_be_taken_away(net):
+    """As detectors do that run a backbone's stages by themselves."""
+    model = lively(net)
+    del model.layer3
+    model.layer2 = None
+    assert not model.train().eval().training
+    model.set_grad_checkpointing()
+    assert model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(images(net)))))).isfinite().all()
+
+
 @pytest.mark.parametrize('net', NETS)
 def test_copies_and_files_hold_the_whole_network(net):
     model = lively(net)
@@ -894,6 +920,11 @@ def test_no_shortcut_leaves_no_path_around_a_block(net):
         ('basic', dict(features_only=True, out_indices=(5,)), r'out_indices=\(5,\) .* 0 to 4'),
         ('cifar', dict(features_only=True, out_indices=(-5,)), r'out_indices=\(-5,\) .* 0 to 3'),
         ('cifar', dict(features_only=True, out_indices=5), 'out_indices=5 .* from 1 to 4'),
+        ('cifar', dict(features_only=True, out_indices=-1), 'out_indices=-1 .* from 1 to 4'),
+        ('basic', dict(features_only=True, out_indices=()), r'out_indices=\(\) .* 0 to 4'),
+        ('cifar', dict(channels=(32, 64, 128)), 'channels was given: the CIFAR form'),
+        ('cifar', dict(stem_width=32, stem_type='deep'), 'stem_type, stem_width was given: the CIFAR form'),
+        ('cifar', dict(replace_stem_pool=True), 'replace_stem_pool was given: the CIFAR form'),
     ],
     ids=str,
 )

@@ -573,6 +573,12 @@ def replace_by_the_plain_network(file):
     resign(file.parent)
 
 
+def test_weights_that_are_no_tensors_are_refused_by_name(trained):
+    state_dict = {**trained.model.state_dict(), 'layer1.0.bn1.weight': [1.0] * 16}
+    with pytest.raises(RuntimeError, match='1 weights are not floating-point tensors: layer1.0.bn1.weight'):
+        timm.create_model(MODEL, num_classes=3, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state_dict))
+
+
 @BOTH
 @pytest.mark.parametrize('kwargs', [{}, dict(num_classes=9)], ids=['as it is', 'other classes'])
 @pytest.mark.parametrize(

@@ -288,8 +288,27 @@ def test_settings_of_batch_norm_are_kept():
     assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
     with torch.no_grad():
         assert difference(regulated(images(model)), model(images(model))) < 1e-4
+    group = 'a group'
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(backbone('basic'))
-    assert isinstance(regulate(synced).layer1[0].fusion_bn, nn.SyncBatchNorm)
+    for module in synced.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.process_group = group
+    added = regulate(synced).layer1[0].fusion_bn
+    assert isinstance(added, nn.SyncBatchNorm) and added.process_group == group
+
+
+@pytest.mark.parametrize('stages', [None, (1,)])
+def test_grad_checkpointing_is_kept(stages):
+    model = backbone('basic').train()
+    model.set_grad_checkpointing()
+    regulated = regulate(model, stages=stages)
+    forwards = {}
+    for name, module in regulated.named_modules():
+        if hasattr(module, 'downsample'):
+            forwards[name] = 0
+            module.register_forward_pre_hook(lambda *_, name=name: forwards.update({name: forwards[name] + 1}))
+    regulated(images(model)).sum().backward()
+    assert len(forwards) == 6 and set(forwards.values()) == {2}, 'every block runs again in backward'
 
 
 @pytest.mark.parametrize(
@@ -345,6 +364,12 @@ def pruned():
     return model
 
 
+def tied():
+    model = timm.create_model('cifar_resnet20')
+    model.layer2[2] = model.layer2[1]
+    return model
+
+
 class Grandchild(ResNet):
     pass
 
@@ -371,6 +396,8 @@ class Grandchild(ResNet):
             'layer2.*regulated already',
         ),
         (pruned, ValueError, 'layer3.*pruned'),
+        (tied, ValueError, 'layer2.*block twice'),
+        (lambda: timm.layers.convert_splitbn_model(timm.create_model('test_resnet')), TypeError, 'SplitBatchNorm2d'),
         (lambda: timm.create_model('ecaresnet50d_pruned'), ValueError, 'layer1.*widths, 47, 52'),
         (lambda: timm.create_model('resnet50_gn', **TINY, norm_layer='groupnorm1'), TypeError, 'layer1.*GroupNorm1'),
         (lambda: timm.layers.freeze_batch_norm_2d(timm.create_model('test_resnet')), TypeError, 'layer1.*Frozen'),

@@ -14,7 +14,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import checkpoint
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from .cells import FoldedCell, RegulatorCell
@@ -84,9 +83,13 @@ class ZeroShortcut(nn.Module):
         return x.new_zeros(1)
 
 
+# not their subclasses, such as timm's, which may hold the activation as well, or statistics of parts of a batch
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
 def can_undo_itself(norm: nn.Module) -> bool:
     """Whether the norm is a batch norm whose weight and bias can take back what its running statistics do."""
-    return isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.weight is not None
+    return type(norm) in BATCH_NORMS and norm.running_mean is not None and norm.weight is not None
 
 
 class _RegulatedBlock(nn.Module):
@@ -220,8 +223,7 @@ def fold_batch_norms(module: nn.Module) -> None:
     """
     before = None
     for name, child in list(module.named_children()):
-        # not a subclass of these two, as timm's may hold the activation as well
-        is_bn = type(child) in (nn.BatchNorm2d, nn.SyncBatchNorm) and child.running_mean is not None
+        is_bn = type(child) in BATCH_NORMS and child.running_mean is not None
         if is_bn and isinstance(before, (nn.Conv2d, Fusion)):
             before.weight, before.bias = fuse_conv_bn_weights(
                 before.weight, before.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias
@@ -295,7 +297,7 @@ class RegulatedStage(_Stage):
         for block in self:
             bn = block.regulator_bn
             # follows no convolution, and becomes one of its own: no batch norm is left for a runtime to deal with
-            if type(bn) is nn.BatchNorm2d and bn.running_mean is not None:
+            if type(bn) in BATCH_NORMS and bn.running_mean is not None:
                 identity = nn.Conv2d(bn.num_features, bn.num_features, 1, groups=bn.num_features, bias=False)
                 nn.init.ones_(identity.weight)
                 block.regulator_bn = fuse_conv_bn_eval(identity.to(bn.running_mean).eval(), bn)

@@ -131,8 +131,8 @@ class RegulatedResNet(ResNet):
         `timm.utils.reparameterize_model` folds a copy, and calls this method for a network inside another module. Of
         the network that it is given itself it reaches the stages, and leaves the stem's BN as it is.
         """
-        for stage in self._stages():
-            if isinstance(stage, (PlainStage, RegulatedStage)):  # and not what pruning puts there
+        for stage in self.children():
+            if isinstance(stage, (PlainStage, RegulatedStage)):
                 stage.reparameterize()
         fold_batch_norms(self)
         self.eval()
@@ -143,8 +143,9 @@ class RegulatedResNet(ResNet):
         Raises:
             RuntimeError: Training mode for a reparameterised network, which stays as it is.
         """
-        for stage in self._stages():  # first, so that one that refuses leaves nothing half done
-            stage.train(mode)
+        for stage in self.children():
+            if isinstance(stage, (PlainStage, RegulatedStage)):  # first: one that refuses leaves nothing half done
+                stage.train(mode)
         return super().train(mode)
 
     @torch.jit.ignore
@@ -159,7 +160,7 @@ class RegulatedResNet(ResNet):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in backward instead of keeping its activations."""
         super().set_grad_checkpointing(enable)
-        for stage in self._stages():
+        for stage in self.children():
             if isinstance(stage, RegulatedStage):
                 stage.grad_checkpointing = enable
 
@@ -238,7 +239,7 @@ class RegulatedResNet(ResNet):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, height, width) to the last stage's output (B, num_features, height / 32, width / 32)."""
+        """Images (B, C, height, width) to the last stage's output (B, num_features, H, W), smaller by its stride."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             for stage in self._stages():
@@ -266,13 +267,15 @@ class CifarRegulatedResNet(RegulatedResNet):
             block: timm's BasicBlock.
             layers: Number of blocks of each of the three stages.
             in_chans: Channels of the image.
-            output_stride: At most this stride, by dilation: 2, or anything from 4, the network's own, up to 32.
+            output_stride: At most this stride, by dilation: 2, 4, which is the network's own, 8, 16 or 32.
             **kwargs: As RegulatedResNet.
 
         Raises:
-            ValueError: As RegulatedResNet, or an output stride that is none of the above.
+            ValueError: As RegulatedResNet, or an argument that this form fixes.
         """
         check_arguments(self.output_strides, output_stride=output_stride)
+        if fixed := kwargs.keys() & {'channels', 'stem_type', 'stem_width', 'replace_stem_pool'}:
+            raise ValueError(f'{", ".join(sorted(fixed))} was given: the CIFAR form has a stem and widths of its own.')
         super().__init__(
             block,
             layers,
@@ -344,6 +347,8 @@ def check_regulable(model: nn.Module) -> None:
             raise ValueError(f'{name} of the given network is regulated already. {_ACCEPTED}')
         if len(stage) == 0:
             raise ValueError(f'{name} of the given network has been pruned. {_ACCEPTED}')
+        if len({*stage}) < len(stage):
+            raise ValueError(f'{name} of the given network has a block twice. {_ACCEPTED}')
         for block in stage:
             if type(block) not in REGULATED_BLOCKS:
                 raise TypeError(f'{name} of the given network has a block {type(block).__name__}. {_ACCEPTED}')
@@ -408,11 +413,13 @@ def add_regulators(model: ResNet, cell: str, stages: Optional[Sequence[int]]) ->
         model.num_stages = 4
     given = set(model.modules())
     bn = model.layer1[0].bn1
+    synchronised = {'process_group': bn.process_group} if isinstance(bn, nn.SyncBatchNorm) else {}
 
     def norm_layer(channels: int, **kwargs) -> nn.Module:
-        return type(bn)(channels, eps=bn.eps, momentum=bn.momentum, **kwargs)
+        return type(bn)(channels, eps=bn.eps, momentum=bn.momentum, **synchronised, **kwargs)
 
     model._regulate(cell, stages, norm_layer)
+    model.set_grad_checkpointing(model.grad_checkpointing)
     for module in set(model.modules()) - given:
         module.training = model.training  # and not model.train(), which would wake batch norms that were put to eval
 
@@ -421,7 +428,8 @@ def regulate(model: ResNet, cell: str = 'convlstm', stages: Optional[Sequence[in
     """Turn a ResNet into a regulated network with the same weights and the same outputs.
 
     The regulators start where they change nothing in evaluation mode (up to rounding) and little in training mode,
-    and learn from the first step on. The given network is copied and stays as it is.
+    and learn from the first step on. The given network is copied and stays as it is; the copy's stages are new modules,
+    without the hooks of the given ones.
 
     timm saves the result (`save_for_hf`, `push_to_hf_hub`) and makes it again (`create_model`) as model `regnet_reg`,
     whose arguments are the backbone's name, its arguments, the cell and the stages.

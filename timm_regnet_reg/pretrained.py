@@ -226,7 +226,8 @@ def check_weights(
             [
                 f'{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}'
                 for key, value in state_dict.items()
-                if key in own and value.shape != own[key].shape and not key.startswith(adapted)
+                if key in own and isinstance(value, torch.Tensor) and value.shape != own[key].shape
+                if not key.startswith(adapted)
             ],
         ),
         (

@@ -190,7 +190,7 @@ def _create(
 
 def _check_out_indices(indices: Union[int, Sequence[int]], num_features: int) -> None:
     given = range(-indices, 0) if isinstance(indices, int) else indices
-    if not all(-num_features <= index < num_features for index in given):
+    if not given or not all(-num_features <= index < num_features for index in given):
         raise ValueError(
             f'out_indices={indices!r} was given: indices from 0 to {num_features - 1} are expected, or the number of '
             f'last features, from 1 to {num_features}.'
@@ -262,7 +262,8 @@ def regnet_reg(pretrained: bool = False, **kwargs) -> RegulatedResNet:
     """
     model_args: Dict[str, Any] = dict(backbone='resnet50', cell='convlstm')
     backbone = kwargs.get('backbone', model_args['backbone'])
-    if not kwargs.get('pretrained_cfg'):
+    # the entry's own, which timm's scripts resolve beforehand, says nothing of the backbone
+    if kwargs.get('pretrained_cfg') in (None, '', resolve_pretrained_cfg('regnet_reg').to_dict()):
         cfg = get_pretrained_cfg(backbone) or PretrainedCfg()
         kwargs['pretrained_cfg'] = (
             warm_start_cfg('regnet_reg', cfg) if cfg.has_weights else replace(cfg, architecture='regnet_reg')
