@@ -764,7 +764,11 @@ def test_a_stage_can_be_taken_away(net):
     model.layer2 = None
     assert not model.train().eval().training
     model.set_grad_checkpointing()
-    assert model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(images(net)))))).isfinite().all()
+    x = images(net)
+    [feature] = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+    assert torch.equal(feature, model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(x))))))
+    model.reparameterize()
+    assert_close(model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(x))))), feature)
 
 
 @pytest.mark.parametrize('net', NETS)

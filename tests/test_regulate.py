@@ -370,6 +370,18 @@ def tied():
     return model
 
 
+def looped():
+    model = timm.create_model('test_resnet')
+    model.layer3 = model.layer2
+    return model
+
+
+def cut(layer4):
+    model = timm.create_model('test_resnet')
+    model.layer4 = layer4
+    return model
+
+
 class Grandchild(ResNet):
     pass
 
@@ -396,7 +408,10 @@ class Grandchild(ResNet):
             'layer2.*regulated already',
         ),
         (pruned, ValueError, 'layer3.*pruned'),
-        (tied, ValueError, 'layer2.*block twice'),
+        (tied, ValueError, 'layer2.*block that it has already'),
+        (looped, ValueError, 'layer3.*block that it has already'),
+        (lambda: cut(None), ValueError, 'layer4.*pruned'),
+        (lambda: cut(nn.Identity()), ValueError, 'layer4.*pruned'),
         (lambda: timm.layers.convert_splitbn_model(timm.create_model('test_resnet')), TypeError, 'SplitBatchNorm2d'),
         (lambda: timm.create_model('ecaresnet50d_pruned'), ValueError, 'layer1.*widths, 47, 52'),
         (lambda: timm.create_model('resnet50_gn', **TINY, norm_layer='groupnorm1'), TypeError, 'layer1.*GroupNorm1'),

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 from test_recipes import parsers, train_script  # noqa: F401, fixtures
 
+import timm_regnet_reg
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.arguments import _reproduce
 from timm_regnet_reg.commands import reproduce
@@ -76,6 +77,7 @@ def test_arguments_offer_the_tables_and_schedules():
 @pytest.mark.parametrize(
     'change',
     [
+        dict(version='another', differ='timm_regnet_reg', only_folder=True),
         dict(recipe={**RECIPE, 'momentum': 0.8}, differ='recipe'),
         dict(train=45000, differ='images'),
         dict(more=['--schedule', 'papers'], only_results=True),
@@ -84,14 +86,17 @@ def test_arguments_offer_the_tables_and_schedules():
         dict(seed=1, only_results=True),
     ],
 )
-def test_settings_never_mix(change, tmp_path):
-    """Other training images or another recipe are refused; another schedule, precision, row or seed is another run."""
+def test_settings_never_mix(change, tmp_path, monkeypatch):
+    """Other training images or another recipe are refused, and what another version of this package has begun;
+    another schedule, precision, row or seed is another run."""
     change = dict(change)
     separate, differ = change.pop('only_results', False), change.pop('differ', '')
-    run, other = create_run(tmp_path), create_run(tmp_path, *change.pop('more', []), **change)
+    run = create_run(tmp_path)
     begin(run)
-    results = [{**dict.fromkeys(COLUMNS, '1'), **run.facts}]
-    assert run.check(results) and not run.check([])
+    results = [] if change.pop('only_folder', False) else [{**dict.fromkeys(COLUMNS, '1'), **run.facts}]
+    monkeypatch.setattr(reproduce, '__version__', change.pop('version', reproduce.__version__))
+    other = create_run(tmp_path, *change.pop('more', []), **change)
+    assert run.check(results) == bool(results) and not run.check([])
     if separate:
         assert other.folder != run.folder and not other.check(results)
         return
@@ -269,6 +274,28 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(data, tmp_path, monke
     assert '2 of 2 runs failed' in (err := capfd.readouterr().err) and 'out of disk' in err
 
 
+def test_a_run_whose_folder_cannot_be_written_does_not_end_the_others(tmp_path, capfd):
+    runs = [create_run(tmp_path, seed=seed) for seed in (0, 1)]
+    for run in runs:
+        begin(run)
+    (runs[0].folder / 'seconds').mkdir()
+    script = tmp_path / 'train.py'
+    script.write_text(
+        'import sys, time\n'
+        'path = sys.argv[sys.argv.index("--experiment") + 1]\n'
+        'with open(f"{sys.argv[sys.argv.index(\'--output\') + 1]}/{path}/summary.csv", "w") as file:\n'
+        '    file.write("epoch,train_loss,eval_top1,eval_top5\\n29,0.5,90,99\\n")\n'
+        'time.sleep(600 if path.endswith("seed0") else 5)\n'
+    )
+    results = tmp_path / 'results' / 'cifar10.csv'
+    [failed] = reproduce.train(runs, results, str(script), 'DIR', jobs=2)
+    assert 'seed 0' in failed and 'seconds' in failed
+    assert [result['seed'] for result in read_results(results)] == ['1']
+    assert runs[0].process.poll() is not None
+    for run in runs:
+        os.close(lock_folder(run.folder, seconds=0))
+
+
 def test_a_run_in_use_by_another_process_is_left_alone(data, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, 'LOCK_SECONDS', 0)
     run = create_run(tmp_path)
@@ -320,7 +347,35 @@ def test_a_run_goes_on_with_its_own_recipe_and_another_seed(tmp_path):
     arguments = ast.literal_eval((run.folder / 'log.txt').read_text().splitlines()[-1])
     given = {key: value for key, value in zip(arguments, arguments[1:]) if key.startswith('--')}  # the last one counts
     assert given['--resume'] == str(run.folder / 'last.pth.tar') and given['--seed'] == '7002'
+    assert given['--config'] == str(run.folder / 'recipe.yaml')
     assert yaml.safe_load(Path(given['--config']).read_text()) == RECIPE
+    run.stop()
+
+
+def test_a_run_forgets_the_epochs_that_no_checkpoint_holds(tmp_path):
+    run = create_run(tmp_path)
+    begin(run)
+    lines = [f'{epoch},0.5,{epoch},99' for epoch in range(30)]
+    (run.folder / 'summary.csv').write_text('\n'.join(['epoch,train_loss,eval_top1,eval_top5', *lines, '']))
+    torch.save({'epoch': 6, 'args': argparse.Namespace()}, run.folder / 'last.pth.tar')
+    path = start(run, tmp_path)[1]  # a train.py that ends without a word
+    known = reproduce.read_summary(run.folder)
+    assert list(known) == list(range(7)) and known[6]['eval_top1'] == 6
+    assert run.progress() is None
+    with pytest.raises(UserError, match='train.py ended with code 0'):
+        run.finish(path)
+    run.stop()
+
+
+def test_a_run_trains_with_the_package_that_started_it(tmp_path, monkeypatch):
+    """And not with a clone's, in whose folder an installed one is started."""
+    other = tmp_path / 'timm_regnet_reg'
+    other.mkdir()
+    (other / '__init__.py').touch()
+    monkeypatch.chdir(tmp_path)
+    run = create_run(tmp_path)
+    start(run, tmp_path, 'import timm_regnet_reg\nprint(timm_regnet_reg.__file__)')
+    assert (run.folder / 'log.txt').read_text().splitlines()[-1] == timm_regnet_reg.__file__
     run.stop()
 
 
@@ -331,6 +386,7 @@ def test_a_training_that_diverged_makes_no_row(tmp_path):
     with pytest.raises(UserError, match='diverged'):
         run.finish(path)
     assert read_results(path) == []
+    run.stop()
     os.close(lock_folder(run.folder, seconds=0))
 
 

@@ -6,7 +6,7 @@ Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXi
 import copy
 import warnings
 from collections import OrderedDict
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -191,8 +191,8 @@ class RegulatedResNet(ResNet):
         x = self.act1(self.bn1(self.conv1(x)))
         intermediates = [x] if 0 in take_indices else []
         x = self.maxpool(x)
-        stages = self._stages()
-        for i, stage in enumerate(stages[:max_index] if stop_early else stages, start=1):
+        for i in range(1, 1 + (max_index if stop_early else self.num_stages)):
+            stage = getattr(self, f'layer{i}')  # a stage that isn't needed may be gone
             x = self._checkpointed(stage, x) if self.grad_checkpointing else stage(x)
             if i in take_indices:
                 intermediates.append(x)
@@ -341,15 +341,18 @@ def check_regulable(model: nn.Module) -> None:
     """Raise what `regulate` raises for a network that it can't take."""
     if type(model) not in (ResNet, RegulatedResNet, CifarRegulatedResNet):
         raise TypeError(f'A {type(model).__name__} was given. {_ACCEPTED}')
-    stages = [(name, stage) for name, stage in model.named_children() if name.startswith('layer')]
-    for name, stage in stages:
+    blocks: Set[nn.Module] = set()
+    for i in range(1, 1 + getattr(model, 'num_stages', 4)):
+        name = f'layer{i}'
+        stage = getattr(model, name, None)
         if isinstance(stage, RegulatedStage):
             raise ValueError(f'{name} of the given network is regulated already. {_ACCEPTED}')
-        if len(stage) == 0:
+        if not isinstance(stage, nn.Sequential) or len(stage) == 0:
             raise ValueError(f'{name} of the given network has been pruned. {_ACCEPTED}')
-        if len({*stage}) < len(stage):
-            raise ValueError(f'{name} of the given network has a block twice. {_ACCEPTED}')
         for block in stage:
+            if block in blocks:
+                raise ValueError(f'{name} of the given network has a block that it has already. {_ACCEPTED}')
+            blocks.add(block)
             if type(block) not in REGULATED_BLOCKS:
                 raise TypeError(f'{name} of the given network has a block {type(block).__name__}. {_ACCEPTED}')
         _check_layers(name, stage)

@@ -190,7 +190,7 @@ def _create(
 
 def _check_out_indices(indices: Union[int, Sequence[int]], num_features: int) -> None:
     given = range(-indices, 0) if isinstance(indices, int) else indices
-    if not given or not all(-num_features <= index < num_features for index in given):
+    if len(given) == 0 or not all(-num_features <= index < num_features for index in given):
         raise ValueError(
             f'out_indices={indices!r} was given: indices from 0 to {num_features - 1} are expected, or the number of '
             f'last features, from 1 to {num_features}.'

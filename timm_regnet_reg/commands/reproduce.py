@@ -170,6 +170,16 @@ def read_summary(folder: Path) -> Dict[int, Dict[str, float]]:
     return epochs
 
 
+def keep_summary(folder: Path, epochs: int) -> None:
+    """Keep of train.py's summary.csv what is about the first `epochs` epochs: those that are in the checkpoint."""
+    kept = [figures for epoch, figures in read_summary(folder).items() if epoch < epochs]
+    with replacing(folder / 'summary.csv') as new, open(new, 'w', newline='') as file:
+        if kept:  # train.py writes its header anew
+            writer = csv.DictWriter(file, kept[0])
+            writer.writeheader()
+            writer.writerows(kept)
+
+
 def _read_settings(path: Path) -> Dict[str, Any]:
     """What a run was begun with; nothing if that isn't known."""
     try:
@@ -189,7 +199,8 @@ class Run:
         common = common_options(args.dataset, args.schedule, precision, device)
         self.options = [*common, *run_options(row, seed)]
         self.epochs = SCHEDULES[args.schedule].get('epochs', recipe['epochs'])
-        self.settings = {'options': self.options, 'recipe': recipe, 'images': images}
+        settings = {'options': self.options, 'recipe': recipe, 'images': images}
+        self.settings = {**settings, 'timm_regnet_reg': __version__}
         self.facts = {
             'model': row.model,
             'arguments': row.arguments,
@@ -201,7 +212,7 @@ class Run:
             'epochs': self.epochs,
             'device': device,
             'recipe': _digest(recipe),
-            'settings': _digest({**self.settings, 'options': common}),
+            'settings': _digest({**settings, 'options': common}),
             'options': ' '.join(self.options),
         }
         stages = ''.join(f'-stage{i}' for i in row.kwargs.get('regulated_stages', ()))
@@ -265,8 +276,8 @@ class Run:
                 # train.py seeds anew: with the same seed the epochs after every stop would be the first ones' again
                 resume = ['--resume', str(checkpoint), '--seed', str(self.seed + 1000 * self.done)]
             else:
-                (self.folder / 'summary.csv').unlink(missing_ok=True)
                 resume = []
+            keep_summary(self.folder, self.done)
             self.start_seconds, self.started = self.seconds, time.monotonic()
             environment = {
                 **os.environ,
@@ -285,12 +296,14 @@ class Run:
                 if sys.platform == 'linux':
                     libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with this process, however that ends
 
-            places = ['--config', str(recipe), '--data-dir', data_dir]
+            places = ['--config', str(recipe), '--data-dir', os.path.abspath(data_dir)]
             places += ['--output', str(self.folder.parent), '--experiment', self.folder.name]
             with open(self.folder / 'log.txt', 'ab') as log:
                 self.process = subprocess.Popen(
                     # `run`, for a train.py in a clone would take the clone's timm
-                    [sys.executable, '-m', 'timm_regnet_reg', 'run', train_py, *self.options, *places, *resume],
+                    [sys.executable, '-m', 'timm_regnet_reg', 'run', os.path.abspath(train_py)]
+                    + [*self.options, *places, *resume],
+                    cwd=Path(__file__).parents[2],  # where -m looks first: for this package, and not a clone's
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -318,6 +331,7 @@ class Run:
         return summary[self.done - 1]
 
     def stop(self) -> None:
+        """End the process, if it hasn't, and leave the folder to others."""
         self.process.terminate()
         try:
             self.process.wait(10)
@@ -332,14 +346,11 @@ class Run:
         Raises:
             UserError: train.py failed, the training diverged, or the row can't be added.
         """
-        try:
-            if self.process.returncode != 0 or self.epochs - 1 not in read_summary(self.folder):
-                log = self.folder / 'log.txt'
-                end = '\n  '.join(log.read_text(errors='replace').splitlines()[-5:])
-                raise UserError(f'train.py ended with code {self.process.returncode}; the end of {log}:\n  {end}')
-            add_result(results, self.result())
-        finally:
-            os.close(self.lock)
+        if self.process.returncode != 0 or self.epochs - 1 not in read_summary(self.folder):
+            log = self.folder / 'log.txt'
+            end = '\n  '.join(log.read_text(errors='replace').splitlines()[-5:]) if log.exists() else ''
+            raise UserError(f'train.py ended with code {self.process.returncode}; the end of {log}:\n  {end}')
+        add_result(results, self.result())
 
     def result(self) -> Dict[str, Any]:
         """The row of a run that is through.
@@ -414,22 +425,22 @@ def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: in
             time.sleep(1)
             for run in list(running):
                 code = run.process.poll()
-                if figures := run.progress():
-                    print(
-                        f'{run}: epoch {run.done} of {run.epochs}, top-1 {figures["eval_top1"]:.2f} %, train loss '
-                        f'{figures["train_loss"]:.3f} ({len(runs) - len(waiting) - len(running) - len(failed)} of '
-                        f'{len(runs)} runs done{_time_left(waiting + running, runs, jobs)})',
-                        flush=True,
-                    )
-                if code is None:
-                    continue
-                running.remove(run)
                 try:
+                    if figures := run.progress():
+                        print(
+                            f'{run}: epoch {run.done} of {run.epochs}, top-1 {figures["eval_top1"]:.2f} %, train loss '
+                            f'{figures["train_loss"]:.3f} ({len(runs) - len(waiting) - len(running) - len(failed)} of '
+                            f'{len(runs)} runs done{_time_left(waiting + running, runs, jobs)})',
+                            flush=True,
+                        )
+                    if code is None:
+                        continue
                     run.finish(results)
+                    print(f'{run}: done, in {results}', flush=True)
                 except UserError as error:
                     fail(run, error)
-                    continue
-                print(f'{run}: done, in {results}', flush=True)
+                running.remove(run)
+                run.stop()
     finally:
         for run in running:
             run.stop()
