@@ -186,9 +186,9 @@ def test_init_weights_starts_everything_again(shortcut):
             assert not value.any(), key
 
 
-@pytest.mark.parametrize('name, size', [('cifar_resnet20', 32), ('resnet18', 224)])
+@pytest.mark.parametrize('name, size', [('cifar_resnet20', 32), ('resnet50d', 224)])
 def test_arguments_that_timm_resolves_beforehand_are_the_backbones(name, size):
     model = timm.create_model(**resolve_model_input_args('regnet_reg', backbone=name), device='meta')
     cfg = timm.get_pretrained_cfg(name)
     assert model.num_classes == cfg.num_classes and model.pretrained_cfg['input_size'] == (3, size, size)
-    assert model.pretrained_cfg['mean'] == cfg.mean
+    assert (model.pretrained_cfg['mean'], model.pretrained_cfg['first_conv']) == (cfg.mean, cfg.first_conv)

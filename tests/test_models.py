@@ -569,7 +569,7 @@ def test_ensembles_run_as_one_network(net, memory_format):
 
 
 @pytest.mark.parametrize('net', ['cifar', 'bottleneck'])
-@pytest.mark.parametrize('part', ['.regulator.', '.fusion_conv.', '.conv1.'])
+@pytest.mark.parametrize('part', ['.regulator.', '.fusion_conv.', '.conv1.', '.conv2.'])
 def test_ensembles_of_a_part_of_the_network(net, part):
     """On one backbone, say, several regulators."""
     models = [lively(net), lively(net)]

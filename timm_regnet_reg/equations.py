@@ -91,5 +91,5 @@ def fusion(X: torch.Tensor, H: torch.Tensor, W: torch.Tensor, b: Optional[torch.
     """`W * [X, H]` with a 1x1 kernel (N_X, N_X + N_H, 1, 1), as the sum of a convolution of X and one of H."""
     W = as_autocast(W)
     N_X = W.shape[0]
-    # added to H's part, as H has all of vmap's dimensions that X has, but not the other way round
-    return F.conv2d(H, W[:, N_X:]).add_(F.conv2d(X, W[:, :N_X], b))
+    # not in place: under vmap either may have a dimension that the other lacks
+    return F.conv2d(X, W[:, :N_X], b) + F.conv2d(H, W[:, N_X:])
