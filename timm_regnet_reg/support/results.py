@@ -203,8 +203,8 @@ def draw(results: List[Dict[str, str]], path: Path) -> None:
                 backbone = row.model.split('_')[-1 if kind == 'plain' else -2]
                 name = f'{backbone} {row.arguments.removeprefix("regulated_")}'
                 axes.annotate(name, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
-        axes.set(
-            title=_title(alike).replace(', settings', ',\nsettings'), xlabel='parameters, millions', ylabel='error, %'
-        )
+        axes.set_title(_title(alike).replace(', settings', ',\nsettings'), fontsize='medium')
+        axes.set(xlabel='parameters, millions', ylabel='error, %')
+        axes.margins(x=0.12)  # for the names
         axes.legend(title="hollow: papers'")
     figure.savefig(path, dpi=100, metadata={'Software': None})
