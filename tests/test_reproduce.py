@@ -367,6 +367,14 @@ def test_a_run_forgets_the_epochs_that_no_checkpoint_holds(tmp_path):
     run.stop()
 
 
+@pytest.mark.skipif(not Path('/proc/self/autogroup').exists(), reason='no Linux that shares time out by sessions')
+def test_a_run_gives_way_to_other_work(tmp_path):
+    run = create_run(tmp_path)
+    start(run, tmp_path, 'import os\nprint(os.nice(0), open("/proc/self/autogroup").read().split()[-1])')
+    assert (run.folder / 'log.txt').read_text().splitlines()[-1] == '19 19'
+    run.stop()
+
+
 def test_a_run_trains_with_the_package_that_started_it(tmp_path, monkeypatch):
     """And not with a clone's, in whose folder an installed one is started."""
     other = tmp_path / 'timm_regnet_reg'

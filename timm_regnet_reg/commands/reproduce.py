@@ -12,8 +12,8 @@ schedule are trained alike, with options of train.py that --report's file lists.
 
 Stop it whenever you like and start it again: a run that is done is skipped, one that was begun goes on after its last
 complete epoch (with other random numbers, as train.py's start at the seed again), and one that was begun with other
-settings is refused. Each run is a process of low priority, which stops when this one does; its log and checkpoints are
-in a folder of its own in --output.
+settings, or by another version of this package, is refused. Each run is a process of low priority, which stops when
+this one does; its log and checkpoints are in a folder of its own in --output.
 
 A run adds a row to {dataset}.csv in --results: accuracy of the last epoch, not the best, on all images of validation/,
 as train.py measures it in the precision it trains in. --report reads that file alone: it prints the error, mean and
@@ -33,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -295,6 +296,9 @@ class Run:
                 os.nice(19)
                 if sys.platform == 'linux':
                     libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with this process, however that ends
+                    # where Linux shares its time out by sessions, niceness is worth nothing outside one's own
+                    with suppress(OSError), open('/proc/self/autogroup', 'w') as group:
+                        group.write('19')
 
             places = ['--config', str(recipe), '--data-dir', os.path.abspath(data_dir)]
             places += ['--output', str(self.folder.parent), '--experiment', self.folder.name]
@@ -412,7 +416,7 @@ def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: in
 
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
+            if waiting and len(running) < jobs:  # one a second, as often as Linux lets a niceness be set
                 run = waiting.pop(0)
                 try:
                     if not run.start(train_py, data_dir, threads, results):
