@@ -217,6 +217,7 @@ def test_scaling_varies_batch_pixels_and_blocks(hasty, monkeypatch, capsys):
         ('--image-size 32', '--image-size 32 is too small for resnet50: give at least 64'),
         ('--scaling --image-size 7', '--image-size 7 is too small for resnet20'),
         ('--scaling --batch-size 1 --image-size 8', '--batch-size 1 is too small for --scaling'),
+        ('--scaling --compile', '--scaling times eager networks alone'),
         ('--backbone resnet20 --batch-size 999999999', 'out of memory ('),
         ('--device gpu', '--device gpu'),
         ('--device cuda:99', '--device cuda:99'),

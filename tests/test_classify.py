@@ -169,6 +169,7 @@ def test_url_without_a_server_is_named(classify):
     code, out, err = classify('http://127.0.0.1:9/photo.png')
     assert (code, out) == (1, '')
     assert 'http://127.0.0.1:9/photo.png: could not be fetched' in err and 'check the address' in err
+    assert 'could not be fetched' in classify(f'http://127.0.0.1:9/{"a" * 5000}')[2]  # longer than a path can be
 
 
 def _text(path, photo):
@@ -313,8 +314,8 @@ def _negative_variance(weights):
         (dict(config=_set(label_names=7)), 'are not the names of its 3 classes'),
         (dict(config=_set(label_descriptions=['a'])), 'are not the names of its 3 classes'),
         (dict(config=lambda config: config['pretrained_cfg'].update(interpolation='nope')), 'cannot be prepared'),
-        (dict(config=lambda config: config['pretrained_cfg'].update(std=[0, 0, 0])), 'error: --model'),
-        (dict(config=lambda config: config['pretrained_cfg'].update(input_size=[3, -5, 32])), 'error: --model'),
+        (dict(config=lambda config: config['pretrained_cfg'].update(std=[0, 0, 0])), 'error: local-dir:'),
+        (dict(config=lambda config: config['pretrained_cfg'].update(input_size=[3, -5, 32])), 'error: local-dir:'),
         (dict(config=lambda config: config['pretrained_cfg'].update(input_size=[3, 10**6, 10**6])), 'up to 4096'),
         (dict(config=lambda config: config['pretrained_cfg'].update(crop_pct=1e-9)), 'from 0.1 on'),
         (dict(weights=_negative_variance), 'not finite'),
@@ -349,7 +350,7 @@ def test_network_that_would_answer_at_random_is_refused(
 def test_model_that_cannot_be_had_is_named(model, messages, classify, photo):
     code, out, err = classify(photo, model=model)
     assert (code, out) == (1, '')
-    for message in (f'error: --model {model}: ', *messages):
+    for message in (f'error: {model}: ', *messages):
         assert message in err
 
 

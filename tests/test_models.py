@@ -908,7 +908,6 @@ def test_no_shortcut_leaves_no_path_around_a_block(net):
 @pytest.mark.parametrize(
     'net, kwargs, message',
     [
-        ('basic', dict(cell='lstm'), r"'lstm'.*convrnn, convgru, convlstm"),
         ('basic', dict(regulated_stages=(5,)), r'\(5,\).*from 1 to 4'),
         ('basic', dict(regulated_stages=(0, 1)), r'\(0, 1\).*from 1 to 4'),
         ('cifar', dict(regulated_stages=(4,)), r'\(4,\).*from 1 to 3'),
@@ -935,3 +934,22 @@ def test_no_shortcut_leaves_no_path_around_a_block(net):
 def test_bad_arguments_are_named(net, kwargs, message):
     with pytest.raises(ValueError, match=message):
         create(net, **kwargs)
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, is_what',
+    [
+        ('regnet_reg_resnet20_convgru', dict(cell='convlstm'), 'regulated by a convgru'),
+        ('regnet_reg_resnet18_convrnn', dict(cell='lstm'), 'regulated by a convrnn'),
+        ('cifar_resnet20', dict(cell='convlstm'), 'a plain network'),
+        ('cifar_resnet20', dict(regulated_stages=(1,)), 'a plain network'),
+        ('cifar_resnet20', dict(regulated_stages=None), 'a plain network'),
+    ],
+    ids=str,
+)
+def test_a_network_is_what_its_name_says(name, kwargs, is_what):
+    with pytest.raises(ValueError, match=f'{name} is {is_what}.*choose the model of that name'):
+        timm.create_model(name, **kwargs)
+    allowed = dict(regulated_stages=[]) if is_what == 'a plain network' else dict(cell=is_what.split()[-1])
+    same, model = (timm.create_model(name, device='meta', **args) for args in (allowed, {}))
+    assert str(same) == str(model)

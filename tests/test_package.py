@@ -16,11 +16,14 @@ import yaml
 from conftest import CLASSES, MODEL
 from huggingface_hub import ModelCard
 from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.models import _registry
 
+from timm_regnet_reg import pretrained
 from timm_regnet_reg.__main__ import main
+from timm_regnet_reg.blocks import ZeroPadShortcut
 from timm_regnet_reg.commands import package as package_module
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.pretrained import file_sha256
+from timm_regnet_reg.pretrained import WEIGHTS_FOLDER, file_sha256, trained_cfgs
 from timm_regnet_reg.support.folder import FILES, check_folder
 
 
@@ -92,7 +95,7 @@ def test_card_says_how_well_on_what_and_how_to_reproduce(trained, packaged, imag
     assert card.data.license == 'apache-2.0' and card.data.library_name == 'timm'
     for text in (
         '12 images of noise',
-        '| Images scored | 12 |',
+        '| Images scored | 12, in float32 |',
         '| Recipe | recipe.yaml |',
         '| Epochs | 3 of 3 |',
         '| Seed | 7 |',
@@ -323,6 +326,28 @@ def test_arguments_of_the_network_are_kept(trained, package, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(folder.model(images), model(images))
     assert folder.config['model_args'].items() >= arguments.items() and 'cache_dir' not in folder.config['model_args']
+
+
+def test_arguments_recorded_with_packaged_weights_are_kept(trained, package, tmp_path, monkeypatch):
+    """train.py's create_model, too, makes the network with what was recorded with the weights of the default tag."""
+    folder = tmp_path / 'packaged' / f'{MODEL}.cifar10'
+    shutil.copytree(WEIGHTS_FOLDER / folder.name, folder)
+    config = json.loads((folder / 'config.json').read_text())
+    config['model_args']['shortcut'] = 'pad'
+    (folder / 'config.json').write_text(json.dumps(config))
+    monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', folder.parent)
+    for name in (MODEL, folder.name):  # where timm's registry has the default tag
+        monkeypatch.setitem(_registry._model_pretrained_cfgs, name, trained_cfgs()[folder.name])
+    model = timm.create_model(MODEL, num_classes=3).eval()
+    assert isinstance(model.layer2[0].downsample, ZeroPadShortcut)
+
+    def change(checkpoint):
+        checkpoint['state_dict'] = model.state_dict()
+
+    assert package(changed_checkpoint(trained, tmp_path / 'recorded.pth.tar', change))[0] == 0
+    kept = check_folder(tmp_path / f'out/{MODEL}.tiny')
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(kept.model(images), model(images)) and kept.config['model_args']['shortcut'] == 'pad'
 
 
 def test_network_of_a_backbone_without_a_name_of_its_own_is_kept(trained, package, tmp_path):

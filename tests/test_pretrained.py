@@ -5,6 +5,7 @@ The reference for a warm start is timm's own network, loaded by timm from the sa
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -150,6 +151,12 @@ def test_warm_start_of_any_backbone(timm_hub, resnet18, stages):
     assert sum('.regulator.' in key for key in model.state_dict()) == 3 * (4 if stages is None else 1)
     with torch.no_grad():
         assert_same(model(images()), resnet18[0](images()))
+
+
+@pytest.mark.parametrize('backbone', ['local-dir:resnet18', 'hf-hub:timm/resnet18.a1_in1k'])
+def test_a_backbone_that_is_not_registered_is_refused(backbone):
+    with pytest.raises(ValueError, match=f"backbone='{backbone}' was given: .* give it to timm_regnet_reg.regulate"):
+        timm.create_model('regnet_reg', backbone=backbone)
 
 
 def test_warm_start_with_other_classes_keeps_the_backbones_features(timm_hub, resnet18):
@@ -580,6 +587,14 @@ def test_weights_that_are_no_tensors_are_refused_by_name(trained):
 
 
 @BOTH
+def test_a_classifier_of_another_width_is_refused_unless_it_is_replaced(folder, load):
+    with pytest.raises(RuntimeError, match=r'of another shape: fc.weight \(3, 64\) instead of \(3, 128\)') as error:
+        load(folder, global_pool='catavgmax')
+    assert 'connection' not in str(error.value)
+    assert load(folder, global_pool='catavgmax', num_classes=9).fc.in_features == 128
+
+
+@BOTH
 @pytest.mark.parametrize('kwargs', [{}, dict(num_classes=9)], ids=['as it is', 'other classes'])
 @pytest.mark.parametrize(
     'damage, message',
@@ -672,7 +687,24 @@ def test_published_weights_that_arrive_damaged_are_refused(trained, folder, hub,
     assert torch.equal(model(images(size=32)), trained.model(images(size=32)))
 
 
-@pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'\x80\x02}q\x00.'], ids=['empty', 'text', 'pickle'])
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'',
+        b'not a checkpoint',
+        b'hello world, this is none',
+        b'\x80\x02}q\x00.',
+        saved([1]),
+        saved({'state_dict': None}),
+    ],
+    ids=['empty', 'text', 'more text', 'pickle', 'list', 'nothing'],
+)
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_overlay_with_a_file_that_is_none_names_it(tmp_path, content, suffix):
     file = tmp_path / f'weights{suffix}'

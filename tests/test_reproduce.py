@@ -8,6 +8,7 @@ import ast
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -196,6 +197,13 @@ def test_report_has_mean_deviation_and_seeds_and_keeps_precisions_and_settings_a
     ]
     picture = path.with_suffix('.png').read_bytes()
     assert main(command) == 0 and path.with_suffix('.png').read_bytes() == picture
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, hard))  # as on a full disk
+    try:
+        assert main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 'could not be written' in capsys.readouterr().err and path.with_suffix('.png').read_bytes() == picture
     assert Image.open(path.with_suffix('.png')).size == (1800, 450)
 
 
@@ -274,11 +282,12 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(data, tmp_path, monke
     assert '2 of 2 runs failed' in (err := capfd.readouterr().err) and 'out of disk' in err
 
 
-def test_a_run_whose_folder_cannot_be_written_does_not_end_the_others(tmp_path, capfd):
+@pytest.mark.parametrize('spoiled', ['seconds', 'log.txt'])
+def test_a_run_whose_folder_cannot_be_written_does_not_end_the_others(spoiled, tmp_path, capfd):
     runs = [create_run(tmp_path, seed=seed) for seed in (0, 1)]
     for run in runs:
         begin(run)
-    (runs[0].folder / 'seconds').mkdir()
+    (runs[0].folder / spoiled).mkdir()
     script = tmp_path / 'train.py'
     script.write_text(
         'import sys, time\n'
@@ -289,9 +298,9 @@ def test_a_run_whose_folder_cannot_be_written_does_not_end_the_others(tmp_path, 
     )
     results = tmp_path / 'results' / 'cifar10.csv'
     [failed] = reproduce.train(runs, results, str(script), 'DIR', jobs=2)
-    assert 'seed 0' in failed and 'seconds' in failed
+    assert 'seed 0' in failed and spoiled in failed
     assert [result['seed'] for result in read_results(results)] == ['1']
-    assert runs[0].process.poll() is not None
+    assert spoiled == 'log.txt' or runs[0].process.poll() is not None
     for run in runs:
         os.close(lock_folder(run.folder, seconds=0))
 

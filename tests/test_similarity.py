@@ -3,6 +3,7 @@
 import csv
 import itertools
 import random
+import resource
 import sys
 from collections import OrderedDict
 
@@ -182,12 +183,12 @@ def test_all_models_see_the_same_images_each_as_its_config_says(run, packaged, i
 
     monkeypatch.setattr(command, 'similarity', spy)
     for plot in ('_plot_values', '_plot_maps'):
-        monkeypatch.setattr(command, plot, lambda path, results: None)
+        monkeypatch.setattr(command, plot, lambda path, results: path.touch())
     big = timm.create_model(MODEL, num_classes=3)
     config = {'input_size': (3, 48, 48), 'mean': (0, 0, 0), 'std': (1, 1, 1), 'interpolation': 'nearest'}
     big.pretrained_cfg = dict(big.pretrained_cfg, **config)
     loaded = command.load_model
-    monkeypatch.setattr(command, 'load_model', lambda name: big.eval() if name == 'big' else loaded(name))
+    monkeypatch.setattr(command, 'load_model', lambda name, device: big.eval() if name == 'big' else loaded(name))
     name = f'local-dir:{packaged}'
     assert run('--batch-size', 5, models=(name, 'big'))[0] == 0
     assert [[len(images) for images in batches] for batches in seen] == [[4, 4, 4]] * 2
@@ -204,10 +205,29 @@ def test_all_models_see_the_same_images_each_as_its_config_says(run, packaged, i
         assert set(enlarged.flatten().tolist()) <= set(pixels.flatten().tolist())
 
 
+def test_a_full_disk_leaves_the_printed_means_and_the_files_of_before(run, tmp_path):
+    """The kernel itself refuses to let a file grow beyond 64 KiB, as it does on a full disk."""
+    folder = tmp_path / 'new' / 'folder'
+    folder.mkdir(parents=True)
+    for name in ('similarity.csv', 'similarity.png', 'features.png'):
+        (folder / name).write_text(name)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        code, out, err = run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1 and 'similarity.png: could not be written' in err and 'unchanged' in err
+    assert f'| {CKA} of neighbours | all stages | layer1' in out
+    assert (folder / 'similarity.csv').read_text().startswith('model,measure,')
+    assert (folder / 'similarity.png').read_text() == 'similarity.png'
+    assert {path.name for path in folder.iterdir()} == {'similarity.csv', 'similarity.png', 'features.png'}
+
+
 def test_a_stage_of_one_block_has_no_neighbours(run, tmp_path, monkeypatch):
     model = timm.create_model('resnet10t', num_classes=3).eval()
     model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 32, 32))
-    monkeypatch.setattr(command, 'load_model', lambda name: model)
+    monkeypatch.setattr(command, 'load_model', lambda name, device: model)
     code, out, _ = run(models=['resnet10t'])
     assert code == 0
     assert out.splitlines()[-1] == '| resnet10t |  |  |  |  |  |'
@@ -227,7 +247,7 @@ def test_a_stage_of_one_block_has_no_neighbours(run, tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_work_is_told_before_a_model_is_loaded(run, args, message, monkeypatch):
-    monkeypatch.setattr(command, 'load_model', lambda name: pytest.fail('loaded a model'))
+    monkeypatch.setattr(command, 'load_model', lambda name, device: pytest.fail('loaded a model'))
     code, out, err = run(*args)
     assert (code, out) == (1, '')
     assert message in err
@@ -235,14 +255,14 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(run, args, message, m
 
 @pytest.mark.parametrize('name', ['similarity.csv', 'similarity.png', 'features.png'])
 def test_a_folder_in_place_of_a_figure_is_told_before_a_model_is_loaded(run, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, 'load_model', lambda name: pytest.fail('loaded a model'))
+    monkeypatch.setattr(command, 'load_model', lambda name, device: pytest.fail('loaded a model'))
     (tmp_path / 'out' / name).mkdir(parents=True)
     code, out, err = run('--output', tmp_path / 'out')
     assert (code, out) == (1, '') and f'{name}: is a folder' in err
 
 
 def test_missing_matplotlib_is_told(run, monkeypatch):
-    monkeypatch.setattr(command, 'load_model', lambda name: pytest.fail('loaded a model'))
+    monkeypatch.setattr(command, 'load_model', lambda name, device: pytest.fail('loaded a model'))
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     code, _, err = run()
     assert code == 1
@@ -251,7 +271,7 @@ def test_missing_matplotlib_is_told(run, monkeypatch):
 
 def test_other_networks_are_refused(run, monkeypatch):
     model = timm.create_model('mobilenetv3_small_050')
-    monkeypatch.setattr(command, 'load_model', lambda name: model)
+    monkeypatch.setattr(command, 'load_model', lambda name, device: model)
     code, _, err = run(models=['mobilenet'])
     assert code == 1
     assert 'mobilenet: is a MobileNetV3; expected a timm.models.ResNet, plain or regulated' in err

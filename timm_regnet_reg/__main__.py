@@ -16,7 +16,7 @@ from .errors import UserError
 
 _DESCRIPTION = 'Regulated networks (RegNet, arXiv 2101.00590) for timm.'
 _EPILOG = """\
-regnet-reg COMMAND --help and regnet-reg help COMMAND say more of a command.
+regnet-reg COMMAND --help and regnet-reg help COMMAND give the details of a command.
 The same as python -m timm_regnet_reg COMMAND.
 """
 

@@ -113,7 +113,7 @@ def _publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--private', action='store_true', help='create it as a private repository')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
     parser.add_argument(
-        '--dry-run', action='store_true', help='check, show what would be sent and where to; nothing is'
+        '--dry-run', action='store_true', help='check, and show what would be sent, and where to; send nothing'
     )
 
 
@@ -158,7 +158,12 @@ def _reproduce(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--models', nargs='+', metavar='MODEL', help='only these of the tables (default: all)')
     parser.add_argument(
-        '--seeds', nargs='+', type=_count, default=[0], metavar='N', help='each trains all models before the next does'
+        '--seeds',
+        nargs='+',
+        type=_count,
+        default=[0],
+        metavar='N',
+        help='default: 0; all models are trained with one before the next',
     )
     parser.add_argument('--schedule', choices=['short', 'papers'], default='short', help='default: short')
     parser.add_argument(
@@ -169,7 +174,7 @@ def _reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--results', default='train_recipes/results', metavar='DIR', help='for the CSV files (default: %(default)s)'
     )
-    parser.add_argument('--report', action='store_true', help='print and draw the results instead')
+    parser.add_argument('--report', action='store_true', help='print and draw all results of --dataset instead')
 
 
 def _table(parser: argparse.ArgumentParser) -> None:

@@ -340,7 +340,7 @@ _ACCEPTED = (
 def check_regulable(model: nn.Module) -> None:
     """Raise what `regulate` raises for a network that it can't take."""
     if type(model) not in (ResNet, RegulatedResNet, CifarRegulatedResNet):
-        raise TypeError(f'A {type(model).__name__} was given. {_ACCEPTED}')
+        raise TypeError(f'A {type(model).__module__}.{type(model).__qualname__} was given. {_ACCEPTED}')
     blocks: Set[nn.Module] = set()
     for i in range(1, 1 + getattr(model, 'num_stages', 4)):
         name = f'layer{i}'

@@ -9,11 +9,13 @@ nothing yet: the outputs are the backbone's.
 import hashlib
 import json
 import logging
+import pickle
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
+from types import MappingProxyType
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -23,7 +25,7 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_
 from timm.models._hub import load_model_config_from_path
 
 from .blocks import RegulatedStage
-from .errors import UserError
+from .errors import UserError, reason
 from .networks import RegulatedResNet, check_regulated
 
 __all__ = [
@@ -39,6 +41,9 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
+
+# what torch and timm stumble over in a file that holds something else
+_NO_WEIGHTS = (AttributeError, KeyError, pickle.UnpicklingError)
 
 # in an installed package the folder lies inside it, in a checkout beside it
 WEIGHTS_FOLDER = Path(__file__).parent / 'pretrained_cfgs'
@@ -130,7 +135,8 @@ def weights_of(name: str, cfg: PretrainedCfg, cache_dir: Optional[str]) -> Itera
     if not source:
         raise RuntimeError(
             f'{name} has no pretrained weights. Create it with pretrained=False, or give a plain timm network with '
-            'weights to timm_regnet_reg.regulate(). Models with weights: timm.list_pretrained("regnet_reg_*").'
+            'weights to timm_regnet_reg.regulate(). Models with weights: timm.list_pretrained("regnet_reg_*") and '
+            'timm.list_pretrained("cifar_*").'
         )
     _announce_download(name, cfg, cache_dir)
     failed = f'The weights of {name} could not be loaded from {source}'
@@ -140,9 +146,10 @@ def weights_of(name: str, cfg: PretrainedCfg, cache_dir: Optional[str]) -> Itera
     except UserError as error:  # says itself what to do
         raise RuntimeError(f'{failed}: {error}') from error
     # HTTPError is the Hub client's HTTP library's: a connection that breaks is no OSError
-    except (OSError, EOFError, HTTPError, SafetensorError, RuntimeError) as error:
+    except (OSError, EOFError, HTTPError, SafetensorError, RuntimeError, *_NO_WEIGHTS) as error:
+        kind = f'{type(error).__name__}: ' if isinstance(error, _NO_WEIGHTS) else ''
         raise RuntimeError(
-            f'{failed}: {error or type(error).__name__}\n'
+            f'{failed}: {kind}{reason(error)}\n'
             'If they should have been downloaded, check the connection and the name; offline, they must be in the '
             'cache. If the file is damaged, delete it and fetch or install it again. pretrained=False needs no weights.'
         ) from error
@@ -195,7 +202,7 @@ def check_weights(
     state_dict: Mapping[str, Any],
     model: torch.nn.Module,
     is_optional: Callable[[str], bool] = lambda key: False,
-    adapted: Tuple[str, ...] = (),
+    adapted: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Check that a state dict is the network's, and finite.
 
@@ -203,7 +210,7 @@ def check_weights(
         state_dict: What was loaded.
         model: The network that it is for.
         is_optional: Says of a key whether it may be missing or extra.
-        adapted: Beginnings of the keys of weights that may have other shapes.
+        adapted: Beginnings of keys, and the dimension in which these weights may differ, as then they are adapted.
 
     Raises:
         UserError: Weights are missing, unexpected, no floating-point tensors, of another shape or not finite.
@@ -227,7 +234,10 @@ def check_weights(
                 f'{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}'
                 for key, value in state_dict.items()
                 if key in own and isinstance(value, torch.Tensor) and value.shape != own[key].shape
-                if not key.startswith(adapted)
+                if not any(
+                    key.startswith(beginning) and value.shape[dim : dim + 1] != own[key].shape[dim : dim + 1]
+                    for beginning, dim in adapted.items()
+                )
             ],
         ),
         (
@@ -273,7 +283,7 @@ def filter_checkpoint(state_dict: Dict[str, torch.Tensor], model: RegulatedResNe
         except TypeError as error:  # which timm would take for a filter's without the argument `model`
             raise UserError(f'The network cannot start with the weights of a backbone. {error}') from error
     # timm adapts these to other numbers of classes and channels
-    check_weights(state_dict, model, is_optional, adapted=('fc.', f'{cfg["first_conv"]}.'))
+    check_weights(state_dict, model, is_optional, adapted={'fc.': 0, f'{cfg["first_conv"]}.': 1})
     _check_classes(state_dict, model)
     if not warm_start:
         return state_dict

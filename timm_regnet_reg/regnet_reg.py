@@ -148,9 +148,9 @@ def _create(
     Args:
         model_class: Makes the network.
         name: Name of the model.
-        model_args: Arguments of `model_class`; what was recorded with packaged weights comes before them.
+        model_args: Arguments of `model_class`, which what was recorded with packaged weights overrides.
         pretrained: Load weights.
-        kwargs: The caller's arguments, which come before all others.
+        kwargs: The caller's arguments, which override all others.
     """
     tags = [tag for tag in default_cfgs[name].cfgs if tag]
     tag = kwargs.get('pretrained_cfg')
@@ -198,7 +198,14 @@ def _check_out_indices(indices: Union[int, Sequence[int]], num_features: int) ->
 
 
 def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: str) -> Callable[..., RegulatedResNet]:
+    cell = model_args.get('cell')
+
     def create(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+        if kwargs.get('cell', cell) != cell or not cell and kwargs.get('regulated_stages', ()) not in ((), []):
+            raise ValueError(
+                f'{name} is {f"regulated by a {cell}" if cell else "a plain network"}, as its name says. For another '
+                'cell or a regulated network choose the model of that name, regnet_reg_{backbone}_{cell}.'
+            )
         return _create(model_class, name, model_args, pretrained, kwargs)
 
     create.__name__ = create.__qualname__ = name
@@ -262,6 +269,11 @@ def regnet_reg(pretrained: bool = False, **kwargs) -> RegulatedResNet:
     """
     model_args: Dict[str, Any] = dict(backbone='resnet50', cell='convlstm')
     backbone = kwargs.get('backbone', model_args['backbone'])
+    if ':' in backbone:
+        raise ValueError(
+            f"backbone={backbone!r} was given: a name that is registered in timm is expected, such as 'resnet50'. To "
+            'regulate the network of a folder or repository, weights and all, give it to timm_regnet_reg.regulate().'
+        )
     # the entry's own, which timm's scripts resolve beforehand, says nothing of the backbone
     if kwargs.get('pretrained_cfg') in (None, '', resolve_pretrained_cfg('regnet_reg').to_dict()):
         cfg = get_pretrained_cfg(backbone) or PretrainedCfg()

@@ -232,6 +232,8 @@ def _phase_table(contenders: Sequence[Contender]) -> List[str]:
 
 def _plan(args: argparse.Namespace) -> List[Tuple[str, int, int]]:
     """What is to be measured, all of it checked before the first: backbone, batch size and image size."""
+    if args.scaling and args.compile:
+        raise UserError('--scaling times eager networks alone: leave --compile out')
     plan = []
     for backbone in [args.backbone] if args.backbone else ['resnet20'] if args.scaling else ['resnet20', 'resnet50']:
         # 2x2 pixels in the last stage are the least: a batch norm can't train on a single value

@@ -186,9 +186,12 @@ def _recipe(path: str, train_args: Dict[str, Any]) -> Tuple[str, str]:
     processes = train_args.get('world_size', 1)
     launch = 'python' if processes == 1 else f'torchrun --nproc_per_node={processes}'
     note = f' Left out are options that may name a place: {", ".join(left_out)}.' if left_out else ''
+    if train_args.get('resume'):
+        note += ' The training was stopped and resumed, so that these options repeat it, but not exactly.'
     return name, (
-        f"Save these options as `args.yaml`, then run timm's own script: `{launch} train.py --config args.yaml "
-        f'--data-dir DIR`.{note}\n\n```yaml\n{yaml.safe_dump(options, default_flow_style=None)}```'
+        f"Save these options as `args.yaml`, then run timm's own script, on data as `{Path(path).name}` wants it: "
+        f'`{launch} train.py --config args.yaml --data-dir DIR`.{note}\n\n'
+        f'```yaml\n{yaml.safe_dump(options, default_flow_style=None)}```'
     )
 
 
@@ -208,14 +211,13 @@ def _create_model(
         for key in inspect.signature(timm.create_model).parameters:  # how it was made, not what it is
             model_args.pop(key, None)
         json.dumps(model_args)  # as config.json will hold them
-        model = timm.create_model(
-            name, pretrained_cfg_overlay={**dict.fromkeys(_PROVENANCE), 'custom_load': False}, **model_args
-        )
+        model = timm.create_model(name, **model_args)
     except Exception as error:  # whatever the architecture makes of wrong arguments
         raise UserError(
             f'{source}: {name} cannot be built with the arguments that train.py had ({reason(error)}); give the '
             'checkpoint that it wrote, unchanged'
         ) from error
+    model.pretrained_cfg.update(dict.fromkeys(_PROVENANCE), custom_load=False)
     load_strictly(model, state_dict, source)
     try:
         data_config = resolve_input_data_config(model, train_args)

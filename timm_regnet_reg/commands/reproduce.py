@@ -8,7 +8,7 @@ TRAIN_PY is the path of train.py in a clone of timm's repository (github.com/hug
 this in a clone of this project, where train_recipes/ is. Tables: resnet20 (the plain network and three cells),
 seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage), depth (32 and 56 layers). Schedules:
 papers (164 epochs, the recipe as it is) and short (30 epochs, cosine, Nesterov, weight decay 5e-4). All networks of a
-schedule are trained alike, with options of train.py that --report's file lists.
+schedule are trained alike, with the options of train.py that the last column of the results lists.
 
 Stop it whenever you like and start it again: a run that is done is skipped, one that was begun goes on after its last
 complete epoch (with other random numbers, as train.py's start at the seed again), and one that was begun with other
@@ -51,6 +51,9 @@ from ..support.writing import check_writable, lock_folder, replacing
 
 # a process that was killed, and what it started, may take that long to end
 LOCK_SECONDS = 10
+
+# what may be the matter with one run, its folder and its files; other runs go on
+TROUBLE = (UserError, OSError, ValueError, csv.Error)
 
 
 # options of train.py beyond the recipe's
@@ -410,7 +413,7 @@ def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: in
     failed: List[str] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
 
-    def fail(run: Run, error: UserError) -> None:
+    def fail(run: Run, error: Exception) -> None:
         failed.append(f'{run}: {error}')
         print(failed[-1], file=sys.stderr, flush=True)
 
@@ -421,7 +424,7 @@ def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: in
                 try:
                     if not run.start(train_py, data_dir, threads, results):
                         continue
-                except UserError as error:
+                except TROUBLE as error:
                     fail(run, error)
                     continue
                 running.append(run)
@@ -441,7 +444,7 @@ def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: in
                         continue
                     run.finish(results)
                     print(f'{run}: done, in {results}', flush=True)
-                except UserError as error:
+                except TROUBLE as error:
                     fail(run, error)
                 running.remove(run)
                 run.stop()

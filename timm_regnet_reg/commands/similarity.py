@@ -43,7 +43,7 @@ from ..errors import UserError
 from ..support.inference import find_images, load_model, read_image
 from ..support.plots import plot_folder
 from ..support.scoring import check_device
-from ..support.writing import check_writable
+from ..support.writing import check_writable, replacing
 
 __all__ = ['CKA', 'COSINE', 'Similarity', 'similarity']
 
@@ -184,7 +184,7 @@ def _plot_values(path: Path, results: Dict[str, Similarity]) -> None:
                     text = f'{values[i][j]:.2f}'.replace('0.', '.')
                     axes.text(j, i, text, color=color, fontsize=7, ha='center', va='center')
         figure.colorbar(image, ax=row, label=measure, shrink=0.8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format='png')
 
 
 def _plot_maps(path: Path, results: Dict[str, Similarity]) -> None:
@@ -213,7 +213,7 @@ def _plot_maps(path: Path, results: Dict[str, Similarity]) -> None:
                 for axes, values, label in zip(grid[:, 1 + i], shown, ['mean', *(f'channel {c}' for c in channels)]):
                     axes.imshow(values.numpy(), cmap='magma')
                     axes.set_ylabel(label if i == members[0] else '', fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format='png')
 
 
 def _batches(model: ResNet, batches: List[List[str]], device: str, name: str) -> Iterator[torch.Tensor]:
@@ -251,7 +251,7 @@ def main(args: argparse.Namespace) -> None:
         )
     models: Dict[str, ResNet] = {}
     for name in args.models:
-        model = load_model(name).to(args.device)
+        model = load_model(name, args.device)
         if not isinstance(model, ResNet):
             raise UserError(
                 f'{name}: is a {type(model).__name__}; expected a timm.models.ResNet, plain or regulated '
@@ -259,7 +259,11 @@ def main(args: argparse.Namespace) -> None:
             )
         models[name] = model
     results = {name: similarity(m, _batches(m, batches, args.device, name)) for name, m in models.items()}
-    _write_csv(output / 'similarity.csv', results)
-    _plot_values(output / 'similarity.png', results)
-    _plot_maps(output / 'features.png', results)
     print(f'{len(sample)} images of {root}', *_table(CKA, results), '', *_table(COSINE, results), sep='\n')
+    for file, write in (
+        ('similarity.csv', _write_csv),
+        ('similarity.png', _plot_values),
+        ('features.png', _plot_maps),
+    ):
+        with replacing(output / file) as new:
+            write(new, results)

@@ -107,7 +107,7 @@ def model_card(name: str, result: Score, data: str, license: str, details: Dict[
     rows = {
         'Top-1': f'{result.top1:.2f} %',
         'Top-5': f'{result.top5:.2f} %',
-        'Images scored': f'{result.images:,}',
+        'Images scored': f'{result.images:,}, in float32',
         'Data': data,
         'Classes': len(result.label_names),
         **details,

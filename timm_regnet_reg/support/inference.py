@@ -68,27 +68,27 @@ def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
             close = difflib.get_close_matches(architecture, timm.list_models(), 3)
             meant = f' Did you mean {", ".join(close)}?' if close else ''
             raise UserError(
-                f'--model {name}: is not a model that timm knows.{meant} timm.list_pretrained() names them all; a '
+                f'{name}: is not a model that timm knows.{meant} timm.list_pretrained() names them all; a '
                 'repository of the Hub is hf-hub:OWNER/NAME, a folder local-dir:FOLDER'
             )
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # timm, the Hub's client and the file formats each raise errors of their own
         raise UserError(
-            f'--model {name}: could not be loaded: {reason(error)}\nExpected a model of timm.list_pretrained(), '
+            f'{name}: could not be loaded: {reason(error)}\nExpected a model of timm.list_pretrained(), '
             'hf-hub:OWNER/NAME or local-dir:FOLDER.'
         ) from error
     if not getattr(model, 'num_classes', 0):
-        raise UserError(f'--model {name}: has no classifier; choose a model that was trained to classify')
+        raise UserError(f'{name}: has no classifier; choose a model that was trained to classify')
     try:
         class_labels(model)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f'--model {name}: its config has label_names or label_descriptions that are not the names of its '
+            f'{name}: its config has label_names or label_descriptions that are not the names of its '
             f'{model.num_classes} classes ({reason(error)}); correct config.json'
         ) from error
-    check_classifier(model, f'--model {name}')
-    try_image(model.eval(), resolve_data_config(model=model), f'--model {name}')
+    check_classifier(model, name)
+    try_image(model.eval(), resolve_data_config(model=model), name)
     return model.to(torch_device)
 
 
@@ -129,12 +129,15 @@ def find_images(names: Iterable[str]) -> List[str]:
     for name in names:
         if not name:
             raise UserError("an empty name ('') was given; give images, folders of images, or http(s) URLs")
+        if name.startswith(URL_PREFIXES):
+            found.append(name)
+            continue
         path = Path(name)
         try:
             is_file, is_folder = path.is_file(), path.is_dir()
         except OSError as error:  # it is too long, say
             raise UserError(f'{name}: cannot be looked up ({error.strerror}); correct the name') from error
-        if name.startswith(URL_PREFIXES) or is_file:
+        if is_file:
             found.append(name)
         elif is_folder:
             images = sorted(

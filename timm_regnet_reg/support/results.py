@@ -207,4 +207,5 @@ def draw(results: List[Dict[str, str]], path: Path) -> None:
         axes.set(xlabel='parameters, millions', ylabel='error, %')
         axes.margins(x=0.12)  # for the names
         axes.legend(title="hollow: papers'")
-    figure.savefig(path, dpi=100, metadata={'Software': None})
+    with replacing(path) as new:
+        figure.savefig(new, dpi=100, format='png', metadata={'Software': None})
