@@ -943,7 +943,6 @@ def test_bad_arguments_are_named(net, kwargs, message):
         ('regnet_reg_resnet18_convrnn', dict(cell='lstm'), 'regulated by a convrnn'),
         ('cifar_resnet20', dict(cell='convlstm'), 'a plain network'),
         ('cifar_resnet20', dict(regulated_stages=(1,)), 'a plain network'),
-        ('cifar_resnet20', dict(regulated_stages=None), 'a plain network'),
     ],
     ids=str,
 )
