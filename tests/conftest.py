@@ -1,6 +1,8 @@
 """Fixtures that several test files share: a local Hub, a tiny image folder, a checkpoint of train.py, its package."""
 
 import argparse
+import resource
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +71,17 @@ def trained(tmp_path_factory):
     return SimpleNamespace(
         checkpoint=str(folder / 'model_best.pth.tar'), recipe=str(folder / 'recipe.yaml'), model=model, ema=ema
     )
+
+
+@contextmanager
+def full_disk(kibibytes):
+    """The kernel itself refuses to let a file grow beyond that, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kibibytes * 1024, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _stirred(seed):

@@ -21,6 +21,7 @@ import torch.nn as nn
 from test_equations import IN_TIMM, enliven
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureInfo, group_parameters
+from timm.models.resnet import BasicBlock
 from timm.optim import param_groups_layer_decay
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_regnet_reg
 from timm_regnet_reg.blocks import RegulatedStage
+from timm_regnet_reg.networks import RegulatedResNet
 
 CELLS = ('convrnn', 'convgru', 'convlstm')
 IMAGENET = IN_TIMM + ('resnext50_2x40d', 'resnext50_4x24d', 'resnext50_8x14d')
@@ -934,6 +936,11 @@ def test_no_shortcut_leaves_no_path_around_a_block(net):
 def test_bad_arguments_are_named(net, kwargs, message):
     with pytest.raises(ValueError, match=message):
         create(net, **kwargs)
+
+
+def test_a_network_made_by_its_class_names_the_cells():
+    with pytest.raises(ValueError, match=r"'lstm'.*convrnn, convgru, convlstm"):
+        RegulatedResNet(BasicBlock, (1, 1, 1, 1), cell='lstm')
 
 
 @pytest.mark.parametrize(

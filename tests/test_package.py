@@ -6,14 +6,13 @@ import json
 import os
 import pickle
 import reprlib
-import resource
 import shutil
 
 import pytest
 import timm
 import torch
 import yaml
-from conftest import CLASSES, MODEL
+from conftest import CLASSES, MODEL, full_disk
 from huggingface_hub import ModelCard
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import _registry
@@ -412,17 +411,12 @@ def test_card_edited_by_hand_is_replaced_only_if_asked_for(trained, package, tmp
 
 
 def test_full_disk_leaves_the_old_folder_as_it_was(package, tmp_path):
-    """The kernel itself refuses to let the weights grow beyond 64 KiB, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for existing in (False, True):
         if existing:
             assert package()[0] == 0
         before = contents(tmp_path / f'out/{MODEL}.tiny') if existing else {}
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
-        try:
+        with full_disk(64):
             code, err = package(data_name='other')
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert code == 1 and 'could not be written' in err and 'another output' in err, err
         assert ('unchanged' if existing else 'Nothing half written was left behind') in err
         assert os.listdir(tmp_path / 'out') == [f'{MODEL}.tiny'] * existing

@@ -8,7 +8,6 @@ import ast
 import csv
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import full_disk
 from PIL import Image
 from test_recipes import parsers, train_script  # noqa: F401, fixtures
 
@@ -197,12 +197,8 @@ def test_report_has_mean_deviation_and_seeds_and_keeps_precisions_and_settings_a
     ]
     picture = path.with_suffix('.png').read_bytes()
     assert main(command) == 0 and path.with_suffix('.png').read_bytes() == picture
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, hard))  # as on a full disk
-    try:
+    with full_disk(4):
         assert main(command) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert 'could not be written' in capsys.readouterr().err and path.with_suffix('.png').read_bytes() == picture
     assert Image.open(path.with_suffix('.png')).size == (1800, 450)
 

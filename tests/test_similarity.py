@@ -3,7 +3,6 @@
 import csv
 import itertools
 import random
-import resource
 import sys
 from collections import OrderedDict
 
@@ -12,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import MODEL
+from conftest import MODEL, full_disk
 from PIL import Image
 
 from timm_regnet_reg.__main__ import main
@@ -206,17 +205,12 @@ def test_all_models_see_the_same_images_each_as_its_config_says(run, packaged, i
 
 
 def test_a_full_disk_leaves_the_printed_means_and_the_files_of_before(run, tmp_path):
-    """The kernel itself refuses to let a file grow beyond 64 KiB, as it does on a full disk."""
     folder = tmp_path / 'new' / 'folder'
     folder.mkdir(parents=True)
     for name in ('similarity.csv', 'similarity.png', 'features.png'):
         (folder / name).write_text(name)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
-    try:
+    with full_disk(64):
         code, out, err = run()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 1 and 'similarity.png: could not be written' in err and 'unchanged' in err
     assert f'| {CKA} of neighbours | all stages | layer1' in out
     assert (folder / 'similarity.csv').read_text().startswith('model,measure,')

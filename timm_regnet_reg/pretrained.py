@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -202,7 +201,7 @@ def check_weights(
     state_dict: Mapping[str, Any],
     model: torch.nn.Module,
     is_optional: Callable[[str], bool] = lambda key: False,
-    adapted: Mapping[str, int] = MappingProxyType({}),
+    adapted: Sequence[Tuple[str, int]] = (),
 ) -> None:
     """Check that a state dict is the network's, and finite.
 
@@ -236,7 +235,7 @@ def check_weights(
                 if key in own and isinstance(value, torch.Tensor) and value.shape != own[key].shape
                 if not any(
                     key.startswith(beginning) and value.shape[dim : dim + 1] != own[key].shape[dim : dim + 1]
-                    for beginning, dim in adapted.items()
+                    for beginning, dim in adapted
                 )
             ],
         ),
@@ -283,7 +282,7 @@ def filter_checkpoint(state_dict: Dict[str, torch.Tensor], model: RegulatedResNe
         except TypeError as error:  # which timm would take for a filter's without the argument `model`
             raise UserError(f'The network cannot start with the weights of a backbone. {error}') from error
     # timm adapts these to other numbers of classes and channels
-    check_weights(state_dict, model, is_optional, adapted={'fc.': 0, f'{cfg["first_conv"]}.': 1})
+    check_weights(state_dict, model, is_optional, adapted=[('fc.', 0), (f'{cfg["first_conv"]}.', 1)])
     _check_classes(state_dict, model)
     if not warm_start:
         return state_dict

@@ -414,7 +414,7 @@ def train(runs: List[Run], results: Path, train_py: str, data_dir: str, jobs: in
     threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def fail(run: Run, error: Exception) -> None:
-        failed.append(f'{run}: {error}')
+        failed.append(f'{run}: {reason(error)}')
         print(failed[-1], file=sys.stderr, flush=True)
 
     try:

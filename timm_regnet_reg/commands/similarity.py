@@ -236,8 +236,9 @@ def main(args: argparse.Namespace) -> None:
     root = Path(args.data_dir, args.split)
     if root.resolve() == Path(args.data_dir).resolve():
         raise UserError(f'--split {args.split!r}: is all of {args.data_dir}; give the folder in it to measure on')
-    for name in ('similarity.csv', 'similarity.png', 'features.png'):
-        check_writable(output / name)
+    writers = {'similarity.csv': _write_csv, 'similarity.png': _plot_values, 'features.png': _plot_maps}
+    for file in writers:
+        check_writable(output / file)
     if not os.path.isdir(root):
         raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
     paths = find_images([str(root)])
@@ -260,10 +261,6 @@ def main(args: argparse.Namespace) -> None:
         models[name] = model
     results = {name: similarity(m, _batches(m, batches, args.device, name)) for name, m in models.items()}
     print(f'{len(sample)} images of {root}', *_table(CKA, results), '', *_table(COSINE, results), sep='\n')
-    for file, write in (
-        ('similarity.csv', _write_csv),
-        ('similarity.png', _plot_values),
-        ('features.png', _plot_maps),
-    ):
+    for file, write in writers.items():
         with replacing(output / file) as new:
             write(new, results)
