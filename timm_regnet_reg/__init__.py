@@ -12,7 +12,7 @@ from typing import Any
 
 from . import moved as moved
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 __all__ = ['regulate']
 
 OLDEST_TIMM = '1.0.31'
