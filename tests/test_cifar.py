@@ -1,13 +1,17 @@
 """`cifar` writes the images exactly, or nothing."""
 
+import errno
 import functools
 import hashlib
 import io
+import os
 import pickle
 import re
+import shutil
 import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,12 +82,39 @@ def hidden(tmp_path):
     return [path.name for path in tmp_path.iterdir() if path.name.startswith('.')]
 
 
-def test_images_of_a_folder_are_padded_and_otherwise_exact(source, tmp_path):
-    (tmp_path / '.out.99999999.new' / 'train').mkdir(parents=True)  # of a process that was killed
-    (tmp_path / 'out').mkdir()
+@pytest.mark.parametrize('left', ['.out.99999999.new', 'out/.train.99999999.new'])
+def test_images_of_a_folder_are_padded_and_otherwise_exact(left, source, tmp_path):
+    (tmp_path / left / 'train').mkdir(parents=True)  # of a process that was killed
     assert main(['cifar', str(tmp_path / 'out'), '--source', str(source)]) == 0
     check(tmp_path / 'out')
     assert not hidden(tmp_path)
+
+
+def test_a_mount_point_can_be_written(source, tmp_path, monkeypatch):
+    out, rename = tmp_path / 'out', Path.rename
+    out.mkdir()
+
+    def rename_within_devices(path, target):
+        if out in path.parents and out in Path(target).parents:
+            return rename(path, target)
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, 'rename', rename_within_devices)
+    assert main(['cifar', str(out), '--source', str(source)]) == 0
+    check(out)
+    assert not hidden(tmp_path)
+
+
+def test_cifar100_has_a_hundred_classes(source, tmp_path, capsys):
+    command = ['cifar', str(tmp_path / 'out'), '--dataset', 'cifar100', '--source', str(source)]
+    assert main(command) == 1
+    assert 'of 10 classes, cifar100 has 100' in capsys.readouterr().err
+    for split in 'train', 'validation':
+        for label in range(10, 100):
+            shutil.copytree(source / split / 'class0', source / split / f'class{label}')
+    assert main(command) == 0
+    assert 'train_recipes/cifar100.yaml' in capsys.readouterr().out
+    assert len(list((tmp_path / 'out').glob('*/*/a.png'))) == 200
 
 
 def test_images_that_torchvision_downloads_are_padded_and_otherwise_exact(archive, tmp_path):

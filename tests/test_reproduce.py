@@ -78,7 +78,9 @@ def test_arguments_offer_the_tables_and_schedules():
 @pytest.mark.parametrize(
     'change',
     [
-        dict(version='another', differ='timm_regnet_reg', only_folder=True),
+        dict(version='timm_regnet_reg', only_folder=True),
+        dict(version='timm', only_folder=True),
+        dict(version='torch', only_folder=True),
         dict(recipe={**RECIPE, 'momentum': 0.8}, differ='recipe'),
         dict(train=45000, differ='images'),
         dict(more=['--schedule', 'papers'], only_results=True),
@@ -88,14 +90,17 @@ def test_arguments_offer_the_tables_and_schedules():
     ],
 )
 def test_settings_never_mix(change, tmp_path, monkeypatch):
-    """Other training images or another recipe are refused, and what another version of this package has begun;
+    """Other training images or another recipe are refused, and what was begun with other versions;
     another schedule, precision, row or seed is another run."""
     change = dict(change)
-    separate, differ = change.pop('only_results', False), change.pop('differ', '')
+    separate, version = change.pop('only_results', False), change.pop('version', None)
+    differ = change.pop('differ', version)
     run = create_run(tmp_path)
     begin(run)
     results = [] if change.pop('only_folder', False) else [{**dict.fromkeys(COLUMNS, '1'), **run.facts}]
-    monkeypatch.setattr(reproduce, '__version__', change.pop('version', reproduce.__version__))
+    if version:
+        module = {'timm_regnet_reg': reproduce, 'timm': timm, 'torch': torch}[version]
+        monkeypatch.setattr(module, '__version__', 'another')
     other = create_run(tmp_path, *change.pop('more', []), **change)
     assert run.check(results) == bool(results) and not run.check([])
     if separate:
@@ -155,6 +160,16 @@ def test_a_run_is_not_begun_anew_over_checkpoints_that_cannot_be_loaded(tmp_path
     (tmp_path / 'last.pth.tar').write_bytes(b'damaged')
     with pytest.raises(UserError, match='last.pth.tar: cannot be loaded'):
         reproduce.newest_checkpoint(tmp_path)
+
+
+def test_time_left_is_that_of_the_longest_run_if_cores_stay_idle(tmp_path):
+    runs = [create_run(tmp_path, seed=seed) for seed in (0, 1, 2)]
+    runs[0].done, runs[0].seconds = 15, 15 * 120.0
+    runs[1].done, runs[1].seconds = 29, 29 * 60.0
+    assert reproduce._time_left(runs[:1], runs[:1], jobs=2) == '; about 0 h 30 min left'
+    # at 90 seconds an epoch 22.5 minutes, 1.5 and 45: 69 for one process, and two take as long as the longest run
+    assert reproduce._time_left(runs, runs, jobs=1) == '; about 1 h 9 min left'
+    assert reproduce._time_left(runs, runs, jobs=2) == '; about 0 h 45 min left'
 
 
 def test_summary_of_a_run_that_was_resumed_counts_each_epoch_once(tmp_path):
@@ -401,6 +416,21 @@ def test_a_training_that_diverged_makes_no_row(tmp_path):
     assert read_results(path) == []
     run.stop()
     os.close(lock_folder(run.folder, seconds=0))
+
+
+def test_cifar100_makes_a_table_of_its_own(tmp_path):
+    recipe = yaml.safe_load((ROOT / 'train_recipes' / 'cifar100.yaml').read_text())
+    run = create_run(tmp_path, '--dataset', 'cifar100', recipe=recipe)
+    assert run.folder != create_run(tmp_path).folder
+    summary = 'epoch,train_loss,eval_top1,eval_top5\n29,1.0,65,90\n'
+    start(run, tmp_path, f'open({str(run.folder / "summary.csv")!r}, "w").write({summary!r})')
+    path = tmp_path / 'results' / 'cifar100.csv'
+    run.finish(path)
+    run.stop()
+    [result] = read_results(path)
+    assert int(result['parameters']) == 272474 + 90 * (64 + 1)  # the classifier's further classes
+    assert '--config train_recipes/cifar100.yaml' in result['options']
+    assert '| 35.00 | 1 | 1.000 | 31.72 |' in report([result])  # the paper's error beside it
 
 
 def write_results(path, *results):

@@ -81,10 +81,12 @@ def main(args: argparse.Namespace) -> None:
             the download failed. No image is left of an attempt that failed.
     """
     folder = Path(os.path.realpath(args.dir))
-    if os.path.isdir(folder) and os.listdir(folder):
+    exists = os.path.isdir(folder)  # then it stays and is filled: a mount point, or somebody's working directory
+    target = folder / 'train' if exists else folder
+    partial = hidden(target)  # what a process that was killed left is no content, and cleared away
+    if exists and any(not name.startswith('.train.') for name in os.listdir(folder)):
         raise UserError(f'{args.dir}: exists already and is not empty; give another folder, or move it away')
-    check_writable(folder, folder=True)
-    partial = hidden(folder)
+    check_writable(target, folder=True)
     if args.source is not None:
         files = {split: _files(Path(args.source), split, args.dataset) for split in SPLITS}
         classes = {split: {file.parent.name for file in files[split]} for split in SPLITS}
@@ -100,12 +102,15 @@ def main(args: argparse.Namespace) -> None:
             else:
                 total, samples = _download(args.dataset, partial / 'download', split)
             for image, label, name in tqdm(samples, desc=split, total=total, unit='image'):
-                target = partial / split / label
-                target.mkdir(parents=True, exist_ok=True)
-                ImageOps.expand(image, border).save(target / name, compress_level=1)
-        folder.mkdir(exist_ok=True)  # if it is there it stays: somebody's working directory, perhaps
-        for split in SPLITS:
-            (partial / split).rename(folder / split)
+                place = partial / split / label
+                place.mkdir(parents=True, exist_ok=True)
+                ImageOps.expand(image, border).save(place / name, compress_level=1)
+        if exists:
+            for split in SPLITS:
+                (partial / split).rename(folder / split)
+        else:
+            shutil.rmtree(partial / 'download', ignore_errors=True)
+            partial.rename(folder)
     except OSError as error:
         raise UserError(
             f'{args.dir}: could not be written ({error}); free some space there or give another folder'

@@ -264,7 +264,7 @@ def main(args: argparse.Namespace) -> None:
         'Epochs': f'{epochs} of {train_args.get("epochs")}',
         # train.py knows no other arguments than those that it was started with last
         'Seed': f'{train_args.get("seed")}{" after the last resumption" if train_args.get("resume") else ""}',
-        'Weights': 'exponential moving average (EMA)' if args.use_ema else 'last of the epoch',
+        'Weights': 'exponential moving average (EMA)' if args.use_ema else 'as trained, not averaged',
         **({'Split batch norm': AUXILIARY} if auxiliary else {}),
         'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
         'Input': f'{" x ".join(map(str, data_config["input_size"]))}, {data_config["interpolation"]}, '

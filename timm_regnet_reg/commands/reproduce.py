@@ -11,9 +11,10 @@ papers (164 epochs, the recipe as it is) and short (30 epochs, cosine, Nesterov,
 schedule are trained alike, with the options of train.py that the last column of the results lists.
 
 Stop it whenever you like and start it again: a run that is done is skipped, one that was begun goes on after its last
-complete epoch (with other random numbers, as train.py's start at the seed again), and one that was begun with other
-settings, or by another version of this package, is refused. Each run is a process of low priority, which stops when
-this one does; its log and checkpoints are in a folder of its own in --output.
+complete epoch (with other random numbers: train.py's start at the seed again, so that they get seed + 1000 * epochs
+done), and one that was begun with other settings, or with another version of this package, timm or torch, is refused.
+Each run is a process of low priority, which stops when this one does; its log and checkpoints are in a folder of its
+own in --output.
 
 A run adds a row to {dataset}.csv in --results: accuracy of the last epoch, not the best, on all images of validation/,
 as train.py measures it in the precision it trains in. --report reads that file alone: it prints the error, mean and
@@ -204,7 +205,8 @@ class Run:
         self.options = [*common, *run_options(row, seed)]
         self.epochs = SCHEDULES[args.schedule].get('epochs', recipe['epochs'])
         settings = {'options': self.options, 'recipe': recipe, 'images': images}
-        self.settings = {**settings, 'timm_regnet_reg': __version__}
+        self.versions = {'timm_regnet_reg': __version__, 'timm': timm.__version__, 'torch': torch.__version__}
+        self.settings = {**settings, **self.versions}
         self.facts = {
             'model': row.model,
             'arguments': row.arguments,
@@ -383,13 +385,12 @@ class Run:
             'multiply_adds': multiply_adds,
             'seconds': round(self.seconds),
             'python': platform.python_version(),
-            'torch': torch.__version__,
-            'timm': timm.__version__,
-            'timm_regnet_reg': __version__,
+            **self.versions,
         }
 
 
 def _time_left(todo: List[Run], runs: List[Run], jobs: int) -> str:
+    """By the pace of each network in `runs`, of others by the mean; a run has one process, however many could run."""
     paces: Dict[str, List[float]] = {}
     for run in runs:
         if run.done and run.seconds:
@@ -398,7 +399,8 @@ def _time_left(todo: List[Run], runs: List[Run], jobs: int) -> str:
         return ''
     mean = {model: statistics.mean(pace) for model, pace in paces.items()}
     other = statistics.mean(mean.values())
-    seconds = sum((run.epochs - run.done) * mean.get(run.row.model, other) for run in todo) / jobs
+    left = [(run.epochs - run.done) * mean.get(run.row.model, other) for run in todo]
+    seconds = max([sum(left) / jobs, *left])
     return f'; about {seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min left'
 
 

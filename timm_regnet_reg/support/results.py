@@ -206,6 +206,6 @@ def draw(results: List[Dict[str, str]], path: Path) -> None:
         axes.set_title(_title(alike).replace(', settings', ',\nsettings'), fontsize='medium')
         axes.set(xlabel='parameters, millions', ylabel='error, %')
         axes.margins(x=0.12)  # for the names
-        axes.legend(title="hollow: papers'")
+        axes.legend(title="hollow: papers', 164 epochs")
     with replacing(path) as new:
         figure.savefig(new, dpi=100, format='png', metadata={'Software': None})
