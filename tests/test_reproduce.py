@@ -259,7 +259,10 @@ def test_images_that_are_not_padded_are_refused(data):
 
 
 def test_a_run_survives_sigkill_and_is_skipped_when_done(train_script, data, tmp_path, monkeypatch, capfd):  # noqa: F811
-    """Killed after some epochs, it goes on after them, and its process with it; a second start has nothing to do."""
+    """Killed after some epochs, it goes on after them, and its process with it; a second start has nothing to do.
+
+    In float32: the first compilation takes minutes.
+    """
     monkeypatch.chdir(ROOT)
     command = ['reproduce', str(train_script), '--data-dir', str(data), '--models', 'cifar_resnet20', '--float32']
     command += ['--output', str(tmp_path / 'runs'), '--results', str(tmp_path / 'results')]
