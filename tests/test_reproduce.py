@@ -410,10 +410,15 @@ def test_a_run_trains_with_the_package_that_started_it(tmp_path, monkeypatch):
     run.stop()
 
 
+def train_to(run, tmp_path, figures):
+    """Start a run with a train.py that writes a summary of one epoch; where its results belong."""
+    summary = f'epoch,train_loss,eval_top1,eval_top5\n{figures}\n'
+    return start(run, tmp_path, f'open({str(run.folder / "summary.csv")!r}, "w").write({summary!r})')[1]
+
+
 def test_a_training_that_diverged_makes_no_row(tmp_path):
     run = create_run(tmp_path)
-    summary = 'epoch,train_loss,eval_top1,eval_top5\n29,nan,10,50\n'
-    path = start(run, tmp_path, f'open({str(run.folder / "summary.csv")!r}, "w").write({summary!r})')[1]
+    path = train_to(run, tmp_path, '29,nan,10,50')
     with pytest.raises(UserError, match='diverged'):
         run.finish(path)
     assert read_results(path) == []
@@ -425,9 +430,7 @@ def test_cifar100_makes_a_table_of_its_own(tmp_path):
     recipe = yaml.safe_load((ROOT / 'train_recipes' / 'cifar100.yaml').read_text())
     run = create_run(tmp_path, '--dataset', 'cifar100', recipe=recipe)
     assert run.folder != create_run(tmp_path).folder
-    summary = 'epoch,train_loss,eval_top1,eval_top5\n29,1.0,65,90\n'
-    start(run, tmp_path, f'open({str(run.folder / "summary.csv")!r}, "w").write({summary!r})')
-    path = tmp_path / 'results' / 'cifar100.csv'
+    path = train_to(run, tmp_path, '29,1.0,65,90')
     run.finish(path)
     run.stop()
     [result] = read_results(path)

@@ -81,12 +81,14 @@ def main(args: argparse.Namespace) -> None:
             the download failed. No image is left of an attempt that failed.
     """
     folder = Path(os.path.realpath(args.dir))
-    exists = os.path.isdir(folder)  # then it stays and is filled: a mount point, or somebody's working directory
-    target = folder / 'train' if exists else folder
-    partial = hidden(target)  # what a process that was killed left is no content, and cleared away
+    exists = os.path.isdir(folder)
+    # what a process that was killed left is no content: check_writable clears it away
     if exists and any(not name.startswith('.train.') for name in os.listdir(folder)):
         raise UserError(f'{args.dir}: exists already and is not empty; give another folder, or move it away')
+    # a folder that is there stays and is filled: a mount point, or somebody's working directory
+    target = folder / 'train' if exists else folder
     check_writable(target, folder=True)
+    partial = hidden(target)
     if args.source is not None:
         files = {split: _files(Path(args.source), split, args.dataset) for split in SPLITS}
         classes = {split: {file.parent.name for file in files[split]} for split in SPLITS}
