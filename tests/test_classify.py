@@ -20,7 +20,7 @@ from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.pretrained import WEIGHTS_FOLDER
 from timm_regnet_reg.support import inference
-from timm_regnet_reg.support.inference import class_labels, load_model, predict, read_image
+from timm_regnet_reg.weights.inference import class_labels, load_model, predict, read_image
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from timm_regnet_reg.blocks import ZeroPadShortcut
 from timm_regnet_reg.commands import package as package_module
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.pretrained import WEIGHTS_FOLDER, file_sha256, trained_cfgs
-from timm_regnet_reg.support.folder import FILES, check_folder
+from timm_regnet_reg.weights.folder import FILES, check_folder
 
 
 @pytest.fixture

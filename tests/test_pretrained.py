@@ -24,7 +24,7 @@ from timm.models import get_pretrained_cfg, push_to_hf_hub, save_for_hf
 
 import timm_regnet_reg
 from timm_regnet_reg import pretrained
-from timm_regnet_reg.support.folder import check_folder
+from timm_regnet_reg.weights.folder import check_folder
 
 CELLS = ('convrnn', 'convgru', 'convlstm')
 WARM = 'regnet_reg_resnet18_convlstm'

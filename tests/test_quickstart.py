@@ -18,8 +18,8 @@ from timm_regnet_reg.commands import quickstart as command
 from timm_regnet_reg.commands.quickstart import Digits, quickstart
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.pretrained import WEIGHTS_FOLDER
-from timm_regnet_reg.support.folder import FILES, check_folder, model_card, save_folder
-from timm_regnet_reg.support.scoring import Score
+from timm_regnet_reg.weights.folder import FILES, check_folder, model_card, save_folder
+from timm_regnet_reg.weights.scoring import Score
 
 CIFAR10 = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 NAME = f'{MODEL}.digits'

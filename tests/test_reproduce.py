@@ -28,8 +28,8 @@ from timm_regnet_reg.arguments import _reproduce
 from timm_regnet_reg.commands import reproduce
 from timm_regnet_reg.commands.reproduce import SCHEDULES, Run
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.support.results import COLUMNS, ROWS, TABLES, add_result, read_results, report
-from timm_regnet_reg.support.writing import lock_folder
+from timm_regnet_reg.papers.results import COLUMNS, ROWS, TABLES, add_result, read_results, report
+from timm_regnet_reg.weights.files import lock_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = yaml.safe_load((ROOT / 'train_recipes' / 'cifar10.yaml').read_text())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.support.writing import check_writable, replacing
+from timm_regnet_reg.weights.files import check_writable, replacing
 
 KINDS = pytest.mark.parametrize('folder', [False, True], ids=['file', 'folder'])
 

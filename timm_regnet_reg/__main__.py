@@ -1,17 +1,15 @@
 """The command line: ``python -m timm_regnet_reg COMMAND``, installed as ``regnet-reg COMMAND``, too."""
 
 import argparse
-import ast
 import importlib
 import os
-import pkgutil
 import signal
 import sys
 from types import FrameType
 from typing import List, NoReturn, Optional, Sequence
 
-from . import __version__, register
-from .arguments import COMMANDS
+from . import __version__
+from .commands import COMMANDS
 from .errors import UserError
 
 _DESCRIPTION = 'Regulated networks (RegNet, arXiv 2101.00590) for timm.'
@@ -21,24 +19,19 @@ The same as python -m timm_regnet_reg COMMAND.
 """
 
 
-def _documentation(command: str) -> str:
-    """The docstring of a command's module as help text, without importing it."""
-    source = pkgutil.get_data(__package__, f'commands/{command}.py')
-    assert source is not None
-    return (ast.get_docstring(ast.parse(source)) or '').replace('``', '')
-
-
-def _create_parser(command: Optional[str]) -> argparse.ArgumentParser:
-    """The parser of all commands, of which only `command` knows its arguments."""
+def _create_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser('regnet-reg', None, _DESCRIPTION, _EPILOG, formatter_class=formatter)
     parser.add_argument('--version', action='version', version=f'regnet-reg {__version__}')
     subparsers = parser.add_subparsers(title='commands', dest='command', metavar='COMMAND', required=True)
-    for name, (line, add_arguments) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=line, formatter_class=formatter)
-        if name == command:
-            subparser.description = _documentation(name)
-            add_arguments(subparser)
+    for name in COMMANDS:
+        command = importlib.import_module(f'.commands.{name}', __package__)
+        description = (command.__doc__ or '').replace('``', '')
+        subparser = subparsers.add_parser(
+            name, help=description.partition('\n')[0], description=description, formatter_class=formatter
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(main=command.main)
     return parser
 
 
@@ -108,11 +101,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     message, failure = '', None
     try:
         try:
-            args = _create_parser(next(iter(arguments), None)).parse_args(arguments)
-            register()
-            command = importlib.import_module(f'.commands.{args.command}', __package__)
+            args = _create_parser().parse_args(arguments)
             if args.command != 'run':
-                command.main(args)
+                args.main(args)
         finally:
             failure = _output_failure()
     except UserError as error:
@@ -137,7 +128,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 141
     if args.command == 'run':  # here, where nothing is made of a script's errors
         args.args = script_args
-        command.main(args)
+        args.main(args)
     return 0
 
 

@@ -37,12 +37,13 @@ from timm.utils import reparameterize_model
 from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
+from ..arguments import add_device, positive
 from ..cells import CELLS
 from ..errors import UserError
 from ..regnet_reg import CIFAR_BACKBONES
-from ..support.measuring import Contender, infer, measure, measure_peaks, train
-from ..support.rivals import DENSE, NAIVE, PLAIN, Regulators, networks, regulator_inputs
-from ..support.scoring import check_device
+from ..papers.timing import Contender, infer, measure, measure_peaks, train
+from ..papers.baselines import DENSE, NAIVE, PLAIN, Regulators, networks, regulator_inputs
+from ..weights.scoring import check_device
 
 __all__ = ['bench', 'scaling', 'scaling_exponent']
 
@@ -244,6 +245,37 @@ def _plan(args: argparse.Namespace) -> List[Tuple[str, int, int]]:
     if args.scaling and plan[0][1] < 8:
         raise UserError(f'--batch-size {args.batch_size} is too small for --scaling, which varies it: give at least 8')
     return plan
+
+
+def _threads(text: str) -> int:
+    number, cores = positive(text), os.cpu_count() or 1
+    if number > cores:
+        raise argparse.ArgumentTypeError(f'{number} was given, expected at most {cores}, the cores of this machine')
+    return number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        '--backbone', metavar='NAME', help='resnet20, resnext50_32x4d, … (default: resnet20 and resnet50)'
+    )
+    what.add_argument(
+        '--scaling', action='store_true', help='fit how the time of regnet_reg_resnet20_convlstm grows, instead'
+    )
+    parser.add_argument(
+        '--batch-size', type=positive, metavar='B', help='images (default: 128 in the CIFAR form, else 16)'
+    )
+    parser.add_argument(
+        '--image-size', type=positive, metavar='S', help='pixels a side (default: 32 in the CIFAR form, else 224)'
+    )
+    parser.add_argument('--repeats', type=positive, default=5, metavar='N', help='default: 5')
+    parser.add_argument('--threads', type=_threads, metavar='N', help="CPU threads (default: torch's)")
+    add_device(parser)
+    parser.add_argument(
+        '--compile',
+        action='store_true',
+        help='time plain and regulated networks compiled, too (each compiles for minutes)',
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from ..errors import UserError, reason
-from ..support.writing import check_writable, hidden
+from ..weights.files import check_writable, hidden
 
 DATASETS = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
 SIZE, BORDER = 32, 4
@@ -71,6 +71,12 @@ def _files(source: Path, split: str, dataset: str) -> List[Path]:
 
 def _open(files: List[Path]) -> Iterator[Sample]:
     return ((_read(file), file.parent.name, file.name) for file in files)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('dir', metavar='DIR', help='the folder to write; must not exist, or be empty')
+    parser.add_argument('--dataset', choices=['cifar10', 'cifar100'], default='cifar10', help='default: cifar10')
+    parser.add_argument('--source', metavar='FOLDER', help='take the images of this folder instead of downloading them')
 
 
 def main(args: argparse.Namespace) -> None:

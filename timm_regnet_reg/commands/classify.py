@@ -13,7 +13,26 @@ import json
 
 from tqdm import tqdm
 
-from ..support.inference import find_images, load_model, predict, prediction_lines, read_image
+from ..arguments import DEFAULT_MODEL, add_device, positive
+from ..weights.inference import find_images, load_model, predict, prediction_lines, read_image
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help='an image, a folder of images, or an http(s) URL')
+    parser.add_argument(
+        '--model',
+        default=DEFAULT_MODEL,
+        help="a model of timm's with weights, hf-hub:OWNER/NAME or local-dir:FOLDER (default: %(default)s)",
+    )
+    parser.add_argument(
+        '--topk',
+        type=positive,
+        default=5,
+        metavar='K',
+        help='how many classes to print (default: %(default)s)',
+    )
+    parser.add_argument('--json', action='store_true', help='print one JSON document')
+    add_device(parser)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -25,10 +25,11 @@ from timm.utils import reparameterize_model
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from ..arguments import DEFAULT_MODEL
 from ..errors import UserError
-from ..support.inference import load_model
-from ..support.scoring import ImageFolder, Score, check_finite, check_same_classes, score
-from ..support.writing import check_writable, replacing
+from ..weights.inference import load_model
+from ..weights.scoring import ImageFolder, Score, check_finite, check_same_classes, score
+from ..weights.files import check_writable, replacing
 
 __all__ = ['OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize']
 
@@ -172,6 +173,22 @@ def _write(model: nn.Module, path: Path, name: str) -> float:
             f'largest output, and at most {TOLERANCE} is accepted, so the file was not kept'
         )
     return difference
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('output', metavar='OUTPUT', help='the file to write, *.onnx')
+    parser.add_argument(
+        '--model',
+        default=DEFAULT_MODEL,
+        metavar='NAME',
+        help='a model with weights: of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER '
+        '(default: %(default)s)',
+    )
+    parser.add_argument(
+        '--int8',
+        metavar='DIR',
+        help='write *.int8.onnx as well; DIR holds train/<class>/<image> and validation/<class>/<image>',
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -21,9 +21,10 @@ import yaml
 from timm.data import resolve_input_data_config
 from timm.models import clean_state_dict, is_model
 
+from ..arguments import add_device, count, positive, words
 from ..errors import UserError, reason
-from ..support.folder import check_replaceable, load_strictly, model_card, save_folder
-from ..support.scoring import ImageFolder, check_device, check_same_classes, score, try_image
+from ..weights.folder import check_replaceable, load_strictly, model_card, save_folder
+from ..weights.scoring import ImageFolder, check_device, check_same_classes, score, try_image
 
 AUXILIARY = 'the auxiliary norms are left out, for they serve training alone'
 TAG = re.compile(r'[A-Za-z0-9_]{1,64}')
@@ -228,6 +229,33 @@ def _create_model(
         raise UserError(f'{source}: its network cannot be scored on images ({reason(error)})') from error
     try_image(model.eval(), data_config, source)
     return model, data_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a checkpoint of train.py (model_best.pth.tar, say)')
+    parser.add_argument('--model', required=True, help='the architecture that was trained')
+    parser.add_argument('--tag', required=True, help='name of these weights, letters, digits and "_" (cifar10, say)')
+    parser.add_argument('--data-dir', required=True, metavar='DIR', help='holds {split}/<class>/<image>')
+    parser.add_argument(
+        '--data-name', required=True, type=words, metavar='TEXT', help='what those images are, for the model card'
+    )
+    parser.add_argument('--recipe', required=True, metavar='YAML', help='the file that train.py ran with (--config)')
+    parser.add_argument('--split', default='validation', help='folder of the images to score (default: %(default)s)')
+    parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
+    parser.add_argument(
+        '--license', default='apache-2.0', type=words, help='license of the weights (default: %(default)s)'
+    )
+    parser.add_argument('--output', default='.', metavar='DIR', help='where {model}.{tag}/ goes (default: here)')
+    parser.add_argument(
+        '--overwrite', action='store_true', help='replace an earlier folder even if its README.md was edited by hand'
+    )
+    parser.add_argument(
+        '--batch-size', type=positive, default=128, metavar='N', help='for scoring (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--workers', type=count, default=2, metavar='N', help='loader processes (default: %(default)s)'
+    )
+    add_device(parser)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, reason
 from ..pretrained import file_sha256
-from ..support.folder import FILES, Folder, check_folder
+from ..weights.folder import FILES, Folder, check_folder
 
 __all__ = ['publish']
 
@@ -132,6 +132,16 @@ def _target(repo_id: str, private: bool, create_pr: bool) -> str:
         kind = 'private' if (info.private if info else private) else 'public'
         state = f'exists, {kind}, at commit {info.sha}' if info else f'would be created, {kind}'
     return f'{repo_id}, {"a new pull request" if create_pr else "revision main"}: {state}'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('folder', metavar='FOLDER', help='a folder that `package` wrote')
+    parser.add_argument('--repo-id', required=True, metavar='OWNER/NAME', help='the repository; created if need be')
+    parser.add_argument('--private', action='store_true', help='create it as a private repository')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
+    parser.add_argument(
+        '--dry-run', action='store_true', help='check, and show what would be sent, and where to; send nothing'
+    )
 
 
 def main(args: argparse.Namespace) -> None:

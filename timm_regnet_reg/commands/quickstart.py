@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from ..arguments import DEFAULT_MODEL
 from ..errors import UserError
-from ..support.folder import check_replaceable, model_card, save_folder
-from ..support.inference import load_model, predict, prediction_lines
-from ..support.scoring import score_loader
+from ..weights.folder import check_replaceable, model_card, save_folder
+from ..weights.inference import load_model, predict, prediction_lines
+from ..weights.scoring import score_loader
 
 __all__ = ['Digits', 'quickstart']
 
@@ -235,6 +235,15 @@ def quickstart(
         f'\nDone in {time.perf_counter() - start:.0f} s.',
     )
     return folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--output',
+        default='.',
+        metavar='DIR',
+        help=f'where {DEFAULT_MODEL}.digits/ goes; one from an earlier run is replaced (default: here)',
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -43,12 +43,13 @@ import torch
 import yaml
 from PIL import Image
 
+from ..arguments import count, positive
 from .. import __version__
 from ..errors import UserError, reason
-from ..support.counting import count
-from ..support.plots import plot_folder
-from ..support.results import IDENTITY, TABLES, Row, add_result, draw, read_results, report
-from ..support.writing import check_writable, lock_folder, replacing
+from ..papers.flops import count
+from ..papers.plots import plot_folder
+from ..papers.results import IDENTITY, TABLES, Row, add_result, draw, read_results, report
+from ..weights.files import check_writable, lock_folder, replacing
 
 # a process that was killed, and what it started, may take that long to end
 LOCK_SECONDS = 10
@@ -466,6 +467,38 @@ def _choose(tables: List[str], models: Optional[List[str]]) -> List[Row]:
             f'--models {" ".join(unknown)}: not in --table {" ".join(tables)}, which has {", ".join(sorted(known))}'
         )
     return [row for row in rows if row.model in models]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('train_py', metavar='TRAIN_PY', nargs='?', help="path of timm's train.py")
+    parser.add_argument('--data-dir', metavar='DIR', help='the folder that `regnet-reg cifar` wrote')
+    parser.add_argument('--dataset', choices=['cifar10', 'cifar100'], default='cifar10', help='default: cifar10')
+    parser.add_argument(
+        '--table',
+        nargs='+',
+        choices=['resnet20', 'seresnet20', 'stages', 'depth'],
+        default=['resnet20'],
+        help='default: resnet20',
+    )
+    parser.add_argument('--models', nargs='+', metavar='MODEL', help='only these of the tables (default: all)')
+    parser.add_argument(
+        '--seeds',
+        nargs='+',
+        type=count,
+        default=[0],
+        metavar='N',
+        help='default: 0; all models are trained with one before the next',
+    )
+    parser.add_argument('--schedule', choices=['short', 'papers'], default='short', help='default: short')
+    parser.add_argument(
+        '--float32', action='store_true', help='train in float32, not compiled, instead of compiled in bfloat16'
+    )
+    parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='runs at a time (default: 1)')
+    parser.add_argument('--output', default='runs', metavar='DIR', help='for logs and checkpoints (default: ./runs)')
+    parser.add_argument(
+        '--results', default='train_recipes/results', metavar='DIR', help='for the CSV files (default: %(default)s)'
+    )
+    parser.add_argument('--report', action='store_true', help='print and draw all results of --dataset instead')
 
 
 def main(args: argparse.Namespace) -> None:

@@ -23,6 +23,21 @@ import runpy
 import sys
 
 
+def _script(text: str) -> str:
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(
+            f'there is no file {text!r}: give the path of a script, such as validate.py in a clone of '
+            'github.com/huggingface/pytorch-image-models'
+        )
+    return text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('script', type=_script, metavar='SCRIPT', help='path of the script')
+    # For the help text: what follows the script never reaches argparse.
+    parser.add_argument('args', metavar='ARGS', nargs='*', help='arguments of the script')
+
+
 def main(args: argparse.Namespace) -> None:
     """Run `args.script` as ``__main__`` with the arguments `args.args`, as ``python SCRIPT ARGS`` does.
 

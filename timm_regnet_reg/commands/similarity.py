@@ -39,11 +39,12 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import ResNet
 from tqdm import tqdm
 
+from ..arguments import add_device, positive
 from ..errors import UserError
-from ..support.inference import find_images, load_model, read_image
-from ..support.plots import plot_folder
-from ..support.scoring import check_device
-from ..support.writing import check_writable, replacing
+from ..weights.inference import find_images, load_model, read_image
+from ..papers.plots import plot_folder
+from ..weights.scoring import check_device
+from ..weights.files import check_writable, replacing
 
 __all__ = ['CKA', 'COSINE', 'Similarity', 'similarity']
 
@@ -223,6 +224,35 @@ def _batches(model: ResNet, batches: List[List[str]], device: str, name: str) ->
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
     for paths in tqdm(batches, desc=name, unit='batch', leave=False, disable=None):
         yield torch.stack([transform(read_image(path).convert(mode)) for path in paths]).to(device)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        'models',
+        metavar='MODEL',
+        nargs='+',
+        help="a ResNet of timm's with weights, plain or regulated, hf-hub:OWNER/NAME or local-dir:FOLDER",
+    )
+    parser.add_argument('--data-dir', required=True, metavar='DIR', help='holds {split}/<class>/<image>')
+    parser.add_argument('--split', default='validation', help='folder of the images (default: %(default)s)')
+    parser.add_argument(
+        '--images',
+        type=positive,
+        default=512,
+        metavar='N',
+        help='how many of them, at most, a random choice that is the same every time (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--batch-size',
+        type=positive,
+        default=64,
+        metavar='N',
+        help='images at a time, at most; 4 or more (default: %(default)s)',
+    )
+    add_device(parser)
+    parser.add_argument(
+        '--output', default='.', metavar='DIR', help='where the table and the figures go (default: here)'
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..cells import CELLS
 from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
-from ..support.counting import count
+from ..papers.flops import count
 
 __all__ = ['header', 'row']
 
@@ -48,6 +48,10 @@ def row(backbone: str) -> str:
     size = 'x'.join(map(str, timm.get_pretrained_cfg(names[0]).input_size[1:]))
     columns = [f'{_three_digits(parameters / 1e6)} / {_three_digits(macs / 1e9)}' for parameters, macs in counts]
     return f'| {backbone} | {size} | {" | ".join(columns)} |'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
 
 
 def main(args: argparse.Namespace) -> None:

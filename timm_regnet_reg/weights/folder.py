@@ -21,7 +21,7 @@ from .. import __version__
 from ..errors import UserError, reason
 from ..pretrained import check_weights, file_sha256
 from .scoring import Score, try_image
-from .writing import check_writable, replacing
+from .files import check_writable, replacing
 
 __all__ = [
     'FILES',

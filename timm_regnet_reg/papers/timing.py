@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.benchmark import timer
 from tqdm import tqdm
 
-from .counting import count
+from .flops import count
 
 __all__ = ['FORMATS', 'Contender', 'infer', 'measure', 'measure_peaks', 'peak_memory', 'train']
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 from ..errors import UserError
-from .writing import lock_folder, replacing
+from ..weights.files import lock_folder, replacing
 
 __all__ = ['ALIKE', 'COLUMNS', 'IDENTITY', 'ROWS', 'TABLES', 'Row', 'add_result', 'draw', 'read_results', 'report']
 

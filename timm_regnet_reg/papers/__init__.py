@@ -1,0 +1,1 @@
+"""What measures the networks and reproduces the papers."""

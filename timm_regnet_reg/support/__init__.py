@@ -1,1 +1,0 @@
-"""What the commands share; none of them imports another."""

@@ -1,0 +1,1 @@
+"""What makes, checks and moves a folder of weights."""
