@@ -310,6 +310,27 @@ class RegulatedStage(_Stage):
         for block in self:
             block.start_at_identity()
 
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """A new cell, and every block as the plain block that it is made of."""
+        self.regulator.reset_parameters()
+        self.start_at_identity()
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Initialise what no checkpoint gave, where transformers asks for it.
+
+        It builds networks on the meta device, loads them, initialises what is missing in the layers that it knows, and
+        then calls this method, timm's name for another purpose, on the module around them. Marked by then are the
+        tensors that were loaded and the modules that it is done with. Anyone else's call changes nothing.
+        """
+        mark = '_is_hf_initialized'
+        if hasattr(self.regulator, mark) and not hasattr(self, mark):
+            state = self.state_dict(keep_vars=True)
+            given = {name: tensor.clone() for name, tensor in state.items() if hasattr(tensor, mark)}
+            self.init_weights()
+            self.load_state_dict(given, strict=False)
+
     def __len__(self) -> int:
         return len(self._modules) - 1
 
