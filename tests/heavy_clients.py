@@ -62,6 +62,9 @@ def run_mil(program, x):
         'conv': lambda i: F.conv2d(
             F.pad(i['x'], pad(i)), i['weight'], i.get('bias'), i['strides'].tolist(), 0, i['dilations'].tolist(), i['groups']
         ),
+        'batch_norm': lambda i: F.batch_norm(
+            i['x'], i['mean'], i['variance'], i['gamma'], i['beta'], eps=float(i['epsilon'])
+        ),
         'max_pool': lambda i: F.max_pool2d(
             F.pad(i['x'], pad(i), value=-torch.inf), i['kernel_sizes'].tolist(), i['strides'].tolist()
         ),
@@ -251,7 +254,7 @@ def torch_pruning(model, x, folder):
 def peft(model, x, folder):
     from peft import LoraConfig, get_peft_model
 
-    pattern = r'.*\.(conv1|fusion_conv.*)'
+    pattern = r'.*\.(conv1|fusion_conv_[xh])'
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=pattern, init_lora_weights=False)).eval()
     assert (outputs(adapted, x) - outputs(model, x)).abs().max() > 1e-3
     count = sum(hasattr(m, 'lora_A') for m in adapted.modules())
@@ -316,7 +319,7 @@ ROWS = {
     'accelerate': (accelerate, 'accelerate', 'init_empty_weights, load_checkpoint_and_dispatch', False),
     'opacus': (opacus, 'opacus', 'grad_sample_mode="ew"', False),
     'torch-pruning': (torch_pruning, 'torch-pruning', 'MagnitudePruner', False),
-    'peft': (peft, 'peft', 'LoRA on fusion_conv and conv1', False),
+    'peft': (peft, 'peft', 'LoRA on conv1 and the fusions', False),
     'thop': (thop, 'thop', 'profile', False),
     'torchinfo': (torchinfo, 'torchinfo', 'summary', False),
     'ptflops': (ptflops, 'ptflops', 'get_model_complexity_info', False),

@@ -23,7 +23,7 @@ def lively(name, **kwargs):
     model = timm.create_model(name, num_classes=10, zero_init_last=False, **kwargs)
     with torch.no_grad():
         for module_name, module in model.named_modules():
-            if module_name.endswith('fusion_conv'):
+            if 'fusion_conv' in module_name or module_name.endswith('regulator'):
                 for parameter in module.parameters():
                     parameter.add_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
         for seed in range(20):

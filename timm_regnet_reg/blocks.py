@@ -306,10 +306,9 @@ class RegulatedStage(_Stage):
                 nn.init.ones_(identity.weight)
                 block.regulator_bn = fuse_conv_bn_eval(identity.to(bn.running_mean).eval(), bn)
         if isinstance(getattr(self, 'regulator', None), RegulatorCell):
-            step = reparameterize_cell(self.regulator)
             for block in self:
                 del block.step
-                block.step = step
+                block.step = reparameterize_cell(self.regulator)  # of its own: not all runtimes know shared layers
             del self.regulator
 
     @torch.jit.ignore
@@ -333,7 +332,7 @@ class RegulatedStage(_Stage):
         tensors that were loaded and the modules that it is done with. Anyone else's call changes nothing.
         """
         mark = '_is_hf_initialized'
-        if hasattr(self.regulator, mark) and not hasattr(self, mark):
+        if hasattr(self[0], mark) and not hasattr(self, mark):
             state = self.state_dict(keep_vars=True)
             given = {name: tensor.clone() for name, tensor in state.items() if hasattr(tensor, mark)}
             self.init_weights()
