@@ -10,11 +10,10 @@ A backbone is measured plain, regulated by each cell, and, on the CPU, with two 
     naive-convlstm   the cell as its equations are written, a grouped 1x1 and a depthwise 3x3 convolution for every gate
     dense-convrnn    a 3x3 convolution of X and H, all channels to all, for the gate, as other implementations have it
 
-at training (forward and backward, no optimizer) and inference; on the CPU also at the inference of the regulators alone,
-all steps of all stages, and reparameterised, which folds batch norms into convolutions: timm.utils.reparameterize_model
-does that for regulated networks, torch.fx for the plain one. On a GPU each cell is measured with fused time steps, too,
-and each network's kernels alone, their number, and its step in a CUDA graph. All networks run in channels_last, and
-cuDNN chooses its algorithms by trial, as in timm's train.py.
+at training (forward and backward, no optimizer) and inference; on the CPU also reparameterised, with batch norms fused
+with convolutions: regulated networks by timm.utils.reparameterize_model, the plain one by torch.fx. On a GPU each cell
+is measured with fused time steps, too, and of each network the kernels alone, their number, and a step in a CUDA graph.
+All run in channels_last, and cuDNN chooses its algorithms by trial, as in timm's train.py.
 
 A table is printed for each backbone, row by row as it is measured. Repeats are interleaved: every network once, then
 every network once again. Figures are medians; "speed ÷ plain" is the plain network's time by the network's in the same
@@ -31,8 +30,7 @@ import os
 import platform
 import statistics
 import traceback
-from contextlib import ExitStack
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence
 
 import timm
 import torch
@@ -46,7 +44,7 @@ import timm_regnet_reg
 from ..arguments import positive
 from ..cells import CELLS
 from ..errors import UserError
-from ..papers.baselines import BASELINES, PLAIN, Regulators, create
+from ..papers.baselines import BASELINES, PLAIN, create
 from ..papers.tables import header, row
 from ..papers.timing import Step, capture, inference_step, kernels, peak_memory, stopwatch, training_step
 from ..regnet_reg import CIFAR_BACKBONES
@@ -75,7 +73,10 @@ class Bench:
         print(*header(['', *self.columns, 'spread']), sep='\n', flush=True)
 
     def run(self, models: Dict[str, nn.Module], images: torch.Tensor, amp: bool, compile: bool) -> None:
-        """Measures the networks, by name, on images (B, 3, height, width), all in channels_last."""
+        """Measures the networks, by name, on images (B, 3, height, width)."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        for model in models.values():
+            model.to(memory_format=torch.channels_last)
 
         def train(model: nn.Module) -> Step:
             return training_step(model.train(), images, amp)
@@ -96,10 +97,6 @@ class Bench:
         if not self.gpu:
             fused = {name: fuse(m) if name == PLAIN else reparameterize_model(m) for name, m in compared.items()}
             self._measure('inference, reparameterised', self._steps(fused, infer))
-            regulators = {name: Regulators(model) for name, model in models.items() if name != PLAIN}
-            steps = self._steps(regulators, lambda model: inference_step(model, *model.inputs(images), amp=amp))
-            self._measure('regulators alone', steps)
-
         for what, make in (('train', train), ('inference', infer)) if compile else ():
             torch.compiler.reset()  # all of them would exceed its limit of graphs
             steps = self._steps(compared, lambda model: make(torch.compile(model, fullgraph=True)))
@@ -185,23 +182,6 @@ def _machine(device: torch.device) -> str:
     return '; '.join(parts)
 
 
-def _plan(args: argparse.Namespace, gpu: bool) -> List[Tuple[str, int, int]]:
-    """What is to be measured, all of it checked before the first: backbone, batch size and image size."""
-    cifar = args.backbone in CIFAR_BACKBONES
-    if args.backbone:
-        plan = [(args.backbone, (128 if cifar else 64 if gpu else 16), (32 if cifar else 224))]
-    elif gpu:
-        plan = [('resnet20', 128, 32), ('resnet50', 64, 224), ('resnet20', 1024, 32)]
-    else:
-        plan = [('resnet20', 128, 32), ('resnet50', 16, 224)]
-    for backbone, _, _ in plan:
-        # 2x2 pixels in the last stage are the least: a batch norm can't train on a single value
-        smallest = 8 if backbone in CIFAR_BACKBONES else 64
-        if args.image_size and args.image_size < smallest:
-            raise UserError(f'--image-size {args.image_size} is too small for {backbone}: give at least {smallest}')
-    return list(dict.fromkeys((name, args.batch_size or batch, args.image_size or size) for name, batch, size in plan))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--backbone', metavar='NAME', help='resnet20, resnext50_32x4d, … (default: resnet20 and resnet50)'
@@ -218,10 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--batch-size',
         type=positive,
         metavar='B',
-        help='images (default: 128 in the CIFAR form, on a GPU also 1024; else 16, on a GPU 64)',
-    )
-    parser.add_argument(
-        '--image-size', type=positive, metavar='S', help='pixels a side (default: 32 in the CIFAR form, else 224)'
+        help='images (default: 128 in the CIFAR form, else 16; on a GPU 128 and 1024, else 64)',
     )
     parser.add_argument('--repeats', type=positive, default=5, metavar='N', help='default: %(default)s')
     parser.add_argument('--threads', type=positive, metavar='N', help="CPU threads (default: torch's)")
@@ -238,33 +215,31 @@ def main(args: argparse.Namespace) -> None:
     """Measure and print.
 
     Raises:
-        UserError: Unknown backbone, no such device, images too small, or something that could not be measured.
+        UserError: Unknown backbone, no such device, or something that could not be measured.
     """
     device = check_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     gpu = device.type == 'cuda'
-    plan = _plan(args, gpu)
     networks = [PLAIN, *(args.networks or ([*CELLS] if gpu else [*CELLS, *BASELINES]))]
+    plan = [('resnet20', 128), ('resnet50', 64), ('resnet20', 1024)] if gpu else [('resnet20', 128), ('resnet50', 16)]
+    if args.backbone:
+        plan = [(args.backbone, 128 if args.backbone in CIFAR_BACKBONES else 64 if gpu else 16)]
+    if args.batch_size:
+        plan = list(dict.fromkeys((backbone, args.batch_size) for backbone, _ in plan))
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
     precision = 'bfloat16 autocast' if args.amp else 'float32'
-    print(_machine(device), f'Medians of {args.repeats} repeats; {precision}, channels_last.', sep='\n')
+    print(_machine(device), f'Medians of {args.repeats} repeats; {precision}, channels_last', sep='\n')
     failures: List[str] = []
-    with ExitStack() as stack:
-        if gpu:
-            torch.backends.cudnn.benchmark = True
-            stack.enter_context(torch.cuda.device(device))
-            # not the default one, on which nothing can be captured, nor what has run there before
-            stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
-        for backbone, batch_size, image_size in plan:
+    # not the default stream, on which nothing can be captured
+    with torch.cuda.stream(torch.cuda.Stream(device) if gpu else None):
+        for backbone, batch_size in plan:
             torch.manual_seed(0)
-            models = {
-                name: model.to(memory_format=torch.channels_last)
-                for name, model in create(backbone, networks, device).items()
-            }
-            images = torch.randn(batch_size, 3, image_size, image_size, device=device)
-            print(f'\n{backbone}, batch {batch_size}, {image_size}x{image_size}\n')
+            models = create(backbone, networks, device)
+            images = torch.randn(batch_size, *models[PLAIN].default_cfg['input_size'], device=device)
+            print(f'\n{backbone}, batch {batch_size}, {"x".join(map(str, images.shape[2:]))}\n')
             bench = Bench(networks, args.repeats, device, gpu)
-            bench.run(models, images.contiguous(memory_format=torch.channels_last), args.amp, args.compile)
+            bench.run(models, images, args.amp, args.compile)
             failures += bench.failures
     if failures:
         raise UserError(f'{len(failures)} could not be measured: {"; ".join(failures)}')

@@ -1,6 +1,6 @@
 """The networks that `bench` compares: plain, regulated, and regulated as others write it."""
 
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, Iterable, Optional
 
 import timm
 import torch
@@ -13,7 +13,7 @@ from ..equations import Kernels, State
 from ..errors import UserError
 from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 
-__all__ = ['BASELINES', 'PLAIN', 'DenseConvRNN', 'NaiveConvLSTM', 'Regulators', 'create']
+__all__ = ['BASELINES', 'PLAIN', 'DenseConvRNN', 'NaiveConvLSTM', 'create']
 
 PLAIN = 'plain'
 
@@ -58,7 +58,7 @@ class DenseConvRNN(nn.Module):
         return torch.tanh(F.conv2d(torch.cat([X, H], dim=1), weight, bias, padding=1)), C
 
 
-BASELINES = {'naive-convlstm': NaiveConvLSTM, 'dense-convrnn': DenseConvRNN}
+BASELINES: Dict[str, Any] = {'naive-convlstm': NaiveConvLSTM, 'dense-convrnn': DenseConvRNN}
 
 
 def create(backbone: str, names: Iterable[str], device: Any = None) -> Dict[str, nn.Module]:
@@ -85,28 +85,3 @@ def create(backbone: str, names: Iterable[str], device: Any = None) -> Dict[str,
                 if child.startswith('layer') and len(stage):
                     setattr(model, child, RegulatedStage(stage, BASELINES[name], nn.BatchNorm2d))
     return models
-
-
-class Regulators(nn.Module):
-    """The regulators of a network without their network: each runs as many steps as its stage has blocks."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.stages = {name: stage for name, stage in model.named_children() if isinstance(stage, RegulatedStage)}
-        self.reductions = {info['module']: info['reduction'] for info in model.feature_info}
-
-    def inputs(self, images: torch.Tensor) -> List[torch.Tensor]:
-        """Random numbers in the shapes that the regulators read for these images, (B, N, height, width) each."""
-        sizes = {name: [-(-side // self.reductions[name]) for side in images.shape[2:]] for name in self.stages}
-        shapes = [(len(images), stage[0].conv1.out_channels, *sizes[name]) for name, stage in self.stages.items()]
-        return [torch.randn(s, device=images.device).to(memory_format=torch.channels_last) for s in shapes]
-
-    def forward(self, *Xs: torch.Tensor) -> List[torch.Tensor]:
-        """The input of each stage's regulator to the last H of each."""
-        Hs = []
-        for stage, X in zip(self.stages.values(), Xs):
-            W, H, C = stage.regulator(), None, None
-            for _ in range(len(stage)):
-                H, C = stage.regulator.step(X, H, C, W)
-            Hs.append(H)
-        return Hs

@@ -55,10 +55,10 @@ def capture(step: Step) -> Step:
     return graph.replay
 
 
-def _trace(step: Step, activity: ProfilerActivity, **kwargs: bool) -> List[Dict[str, Any]]:
+def _trace(step: Step, activity: ProfilerActivity) -> List[Dict[str, Any]]:
     """The events that torch's profiler sees in a step."""
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it would report each start and stop, across the progress bar
-    with profile(activities=[activity], **kwargs) as profiler:
+    with profile(activities=[activity], profile_memory=activity is ProfilerActivity.CPU) as profiler:
         step()
         if activity is ProfilerActivity.CUDA:
             torch.cuda.synchronize()
@@ -83,7 +83,7 @@ def peak_memory(step: Step, device: torch.device) -> int:
         step()
         return torch.cuda.max_memory_allocated(device) - before
     peak = held = 0
-    events = _trace(step, ProfilerActivity.CPU, profile_memory=True)
+    events = _trace(step, ProfilerActivity.CPU)
     for event in sorted((e for e in events if e['name'] == '[memory]'), key=lambda e: e['ts']):
         held += event['args']['Bytes']  # negative for a release
         peak = max(peak, held)
