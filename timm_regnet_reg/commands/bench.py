@@ -28,9 +28,11 @@ leaves out what oneDNN allocates by itself inside of an operation; on a GPU it i
 import argparse
 import os
 import platform
+import re
 import statistics
 import traceback
-from typing import Any, Callable, Dict, List, Sequence
+from pathlib import Path
+from typing import Any, Callable, Dict, List
 
 import timm
 import torch
@@ -47,42 +49,49 @@ from ..errors import UserError
 from ..papers.baselines import BASELINES, PLAIN, create
 from ..papers.tables import header, row
 from ..papers.timing import Step, capture, inference_step, kernels, peak_memory, stopwatch, training_step
-from ..regnet_reg import CIFAR_BACKBONES
+from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 from ..weights.scoring import check_device
 
 __all__ = ['Bench']
 
 Steps = Dict[str, Any]  # of each column, or what was made of it
+Figures = Dict[str, List[float]]  # of each column, repeat by repeat
 FUSED = ' fused'
 
 
 class Bench:
     """Measures networks side by side, and prints a row of a Markdown table for each kind of figure."""
 
-    def __init__(self, networks: Sequence[str], repeats: int, device: torch.device, gpu: bool) -> None:
+    def __init__(self, networks: List[str], repeats: int, device: torch.device, amp: bool, gpu: bool) -> None:
         """
         Args:
             networks: Names as `create` takes them.
             repeats: How often each is timed.
-            device: Where the networks are.
+            device: Where.
+            amp: In bfloat16 autocast, and not in float32.
             gpu: Measure what only a GPU has: fused time steps, kernels and graphs.
         """
-        self.repeats, self.device, self.gpu = repeats, device, gpu
+        self.networks, self.repeats, self.device, self.amp, self.gpu = networks, repeats, device, amp, gpu
         self.columns = [*networks, *(name + FUSED for name in networks if gpu and name in CELLS)]
         self.failures: List[str] = []
+
+    def run(self, backbone: str, batch_size: int, compile: bool) -> None:
+        """Prints the table of a backbone, 'resnet20', say; with `compile` also of its networks compiled."""
+        torch.manual_seed(0)
+        models = {
+            name: model.to(memory_format=torch.channels_last)
+            for name, model in create(backbone, self.networks, self.device).items()
+        }
+        size = timm.get_pretrained_cfg(f'regnet_reg_{backbone}_convlstm').input_size
+        images = torch.randn(batch_size, *size, device=self.device).contiguous(memory_format=torch.channels_last)
+        print(f'\n{backbone}, batch {batch_size}, {"x".join(map(str, size[1:]))}\n')
         print(*header(['', *self.columns, 'spread']), sep='\n', flush=True)
 
-    def run(self, models: Dict[str, nn.Module], images: torch.Tensor, amp: bool, compile: bool) -> None:
-        """Measures the networks, by name, on images (B, 3, height, width)."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        for model in models.values():
-            model.to(memory_format=torch.channels_last)
-
         def train(model: nn.Module) -> Step:
-            return training_step(model.train(), images, amp)
+            return training_step(model.train(), images, self.amp)
 
         def infer(model: nn.Module) -> Step:
-            return inference_step(model.eval(), images, amp=amp)
+            return inference_step(model.eval(), images, self.amp)
 
         steps = self._steps(models, train)
         self._measure('train', steps, memory=True)
@@ -92,11 +101,10 @@ class Bench:
         for model in models.values():
             model.set_grad_checkpointing(False)
         self._measure('inference', self._steps(models, infer))
-
         compared = {name: model for name, model in models.items() if name not in BASELINES}
         if not self.gpu:
-            fused = {name: fuse(m) if name == PLAIN else reparameterize_model(m) for name, m in compared.items()}
-            self._measure('inference, reparameterised', self._steps(fused, infer))
+            merged = {name: fuse(m) if name == PLAIN else reparameterize_model(m) for name, m in compared.items()}
+            self._measure('inference, reparameterised', self._steps(merged, infer))
         for what, make in (('train', train), ('inference', infer)) if compile else ():
             torch.compiler.reset()  # all of them would exceed its limit of graphs
             steps = self._steps(compared, lambda model: make(torch.compile(model, fullgraph=True)))
@@ -120,14 +128,14 @@ class Bench:
         if memory:
             self._memory(what, steps)
         if self.gpu:
-            times = self._each(f'{what}, kernels', kernels, steps)
+            times = self._each(f'{what}, kernels', kernels, dict(steps))
             self._row(f'{what}, kernels', {name: [len(seconds)] for name, seconds in times.items()}, 0)
             self._compare(f'{what}, kernels alone', 'speed', 'ms', 1e3, {n: [sum(t)] for n, t in times.items()})
-            self._time(f'{what}, in a graph', self._each(f'{what}, capture', capture, steps))
+            self._time(f'{what}, in a graph', self._each(f'{what}, capture', capture, dict(steps)))
 
     def _time(self, what: str, steps: Steps) -> None:
         watches = self._each(what, stopwatch, steps)
-        times: Dict[str, List[float]] = {name: [] for name in watches}
+        times: Figures = {name: [] for name in watches}
         for repeat in range(1, self.repeats + 1):
             seconds = self._each(f'{what}, repeat {repeat} of {self.repeats}', lambda watch: watch(), watches)
             times = {name: [*times[name], seconds[name]] for name in seconds}
@@ -150,7 +158,7 @@ class Bench:
                 del steps[name]
         return values
 
-    def _compare(self, what: str, kind: str, unit: str, scale: float, values: Dict[str, List[float]]) -> None:
+    def _compare(self, what: str, kind: str, unit: str, scale: float, values: Figures) -> None:
         """A row of each network's values, and one that compares them with the plain network's of the same repeat."""
         self._row(f'{what}, {unit}', {name: [scale * x for x in xs] for name, xs in values.items()})
         if PLAIN in values:
@@ -158,7 +166,7 @@ class Bench:
             ratios = {name: [p / x if kind == 'speed' else x / p for p, x in pairs[name]] for name in pairs}
             self._row(f'{what}, {kind} ÷ plain', ratios)
 
-    def _row(self, what: str, figures: Dict[str, List[float]], digits: int = 2) -> None:
+    def _row(self, what: str, figures: Figures, digits: int = 2) -> None:
         """The medians of each column's figures, and how far the farthest figure is from its median."""
         medians = {name: statistics.median(values) for name, values in figures.items()}
         spread = max((abs(x / medians[name] - 1) for name, values in figures.items() for x in values), default=0)
@@ -170,29 +178,28 @@ def _machine(device: torch.device) -> str:
     """The machine in a line, without its name."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):  # Linux, where platform.processor() seldom knows
-        with open('/proc/cpuinfo') as file:
-            names = [line.partition(':')[2].strip() for line in file if line.startswith('model name')]
-        cpu = names[0] if names else cpu
-    parts = [
-        f'{cpu} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, '
-        f'threads used: {torch.get_num_threads()}',
-        *([torch.cuda.get_device_name(device)] if device.type == 'cuda' else []),
-        f'torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}, {platform.system()}',
-    ]
-    return '; '.join(parts)
+        named = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+        cpu = named[1] if named else cpu
+    cpu = f'{cpu} ({torch.backends.cpu.get_cpu_capability()}), threads used: {torch.get_num_threads()}'
+    gpu = f'{torch.cuda.get_device_name(device)}; ' if device.type == 'cuda' else ''
+    python = f'Python {platform.python_version()}, {platform.system()}'
+    return f'{gpu}{cpu} of {os.cpu_count()}; torch {torch.__version__}, timm {timm.__version__}, {python}'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [*CELLS, *BASELINES]
     parser.add_argument(
-        '--backbone', metavar='NAME', help='resnet20, resnext50_32x4d, … (default: resnet20 and resnet50)'
+        '--backbone',
+        choices=[*CIFAR_BACKBONES, *BACKBONES],
+        metavar='NAME',
+        help='resnet20, resnext50_32x4d, … (default: resnet20 and resnet50)',
     )
     parser.add_argument(
         '--networks',
         nargs='+',
-        choices=[*CELLS, *BASELINES],
+        choices=names,
         metavar='NAME',
-        help=f'what to compare with the plain network: {", ".join([*CELLS, *BASELINES])} '
-        '(default: all; on a GPU the first three)',
+        help=f'what to compare with the plain one: {", ".join(names)} (default: all; on a GPU the first three)',
     )
     parser.add_argument(
         '--batch-size',
@@ -203,11 +210,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--repeats', type=positive, default=5, metavar='N', help='default: %(default)s')
     parser.add_argument('--threads', type=positive, metavar='N', help="CPU threads (default: torch's)")
     parser.add_argument('--device', help='cpu, cuda, cuda:1 and the like (default: cuda where there is one, else cpu)')
-    parser.add_argument('--amp', action='store_true', help='in bfloat16 autocast (default: float32)')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 autocast (default: float32)')
     parser.add_argument(
-        '--compile',
-        action='store_true',
-        help='measure plain and regulated networks compiled, too (each compiles for minutes)',
+        '--compile', action='store_true', help='measure compiled networks, too, each of which takes minutes'
     )
 
 
@@ -215,31 +220,27 @@ def main(args: argparse.Namespace) -> None:
     """Measure and print.
 
     Raises:
-        UserError: Unknown backbone, no such device, or something that could not be measured.
+        UserError: No such device, or something could not be measured.
     """
     device = check_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     gpu = device.type == 'cuda'
-    networks = [PLAIN, *(args.networks or ([*CELLS] if gpu else [*CELLS, *BASELINES]))]
-    plan = [('resnet20', 128), ('resnet50', 64), ('resnet20', 1024)] if gpu else [('resnet20', 128), ('resnet50', 16)]
     if args.backbone:
         plan = [(args.backbone, 128 if args.backbone in CIFAR_BACKBONES else 64 if gpu else 16)]
-    if args.batch_size:
-        plan = list(dict.fromkeys((backbone, args.batch_size) for backbone, _ in plan))
+    elif gpu:
+        plan = [('resnet20', 128), ('resnet50', 64), ('resnet20', 1024)]
+    else:
+        plan = [('resnet20', 128), ('resnet50', 16)]
+    plan = list(dict.fromkeys((backbone, args.batch_size or batch_size) for backbone, batch_size in plan))
+    networks = [PLAIN, *(args.networks or ([*CELLS] if gpu else [*CELLS, *BASELINES]))]
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
     precision = 'bfloat16 autocast' if args.amp else 'float32'
     print(_machine(device), f'Medians of {args.repeats} repeats; {precision}, channels_last', sep='\n')
-    failures: List[str] = []
+    bench = Bench(networks, args.repeats, device, args.amp, gpu)
     # not the default stream, on which nothing can be captured
     with torch.cuda.stream(torch.cuda.Stream(device) if gpu else None):
         for backbone, batch_size in plan:
-            torch.manual_seed(0)
-            models = create(backbone, networks, device)
-            images = torch.randn(batch_size, *models[PLAIN].default_cfg['input_size'], device=device)
-            print(f'\n{backbone}, batch {batch_size}, {"x".join(map(str, images.shape[2:]))}\n')
-            bench = Bench(networks, args.repeats, device, gpu)
-            bench.run(models, images, args.amp, args.compile)
-            failures += bench.failures
-    if failures:
-        raise UserError(f'{len(failures)} could not be measured: {"; ".join(failures)}')
+            bench.run(backbone, batch_size, args.compile)
+    if bench.failures:
+        raise UserError(f'{len(bench.failures)} could not be measured: {"; ".join(bench.failures)}')

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from ..blocks import RegulatedStage
 from ..cells import CELLS, ConvLSTM
 from ..equations import Kernels, State
-from ..errors import UserError
-from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 
 __all__ = ['BASELINES', 'PLAIN', 'DenseConvRNN', 'NaiveConvLSTM', 'create']
 
@@ -62,26 +60,19 @@ BASELINES: Dict[str, Any] = {'naive-convlstm': NaiveConvLSTM, 'dense-convrnn': D
 
 
 def create(backbone: str, names: Iterable[str], device: Any = None) -> Dict[str, nn.Module]:
-    """The networks of these names: `PLAIN`, a cell of `CELLS` or one of `BASELINES`.
+    """The networks of these names, each `PLAIN`, a cell of `CELLS` or one of `BASELINES`.
 
     Args:
         backbone: 'resnet20', 'resnet50', …
         device: Where they are to be.
-
-    Raises:
-        UserError: Unknown backbone.
     """
-    known = [*CIFAR_BACKBONES, *BACKBONES]
-    if backbone not in known:
-        raise UserError(f'unknown backbone {backbone!r}: choose one of {", ".join(known)}')
     models: Dict[str, nn.Module] = {}
     for name in names:
         if name in CELLS:
             models[name] = timm.create_model(f'regnet_reg_{backbone}_{name}', device=device)
             continue
         model = models[name] = timm.create_model(f'regnet_reg_{backbone}_convlstm', regulated_stages=(), device=device)
-        if name != PLAIN:
-            for child, stage in list(model.named_children()):
-                if child.startswith('layer') and len(stage):
-                    setattr(model, child, RegulatedStage(stage, BASELINES[name], nn.BatchNorm2d))
+        for child, stage in list(model.named_children()):
+            if name in BASELINES and child.startswith('layer') and len(stage):
+                setattr(model, child, RegulatedStage(stage, BASELINES[name], nn.BatchNorm2d))
     return models

@@ -30,11 +30,11 @@ def training_step(model: nn.Module, images: torch.Tensor, amp: bool) -> Step:
     return step
 
 
-def inference_step(model: nn.Module, *inputs: torch.Tensor, amp: bool) -> Step:
+def inference_step(model: nn.Module, images: torch.Tensor, amp: bool) -> Step:
     @torch.inference_mode()
     def step() -> None:
-        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=amp):
-            model(*inputs)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            model(images)
 
     return step
 
