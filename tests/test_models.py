@@ -821,7 +821,8 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = forbidde
 nn.Module.__init__ = nn.Parameter.__new__ = forbidden
 import timm_regnet_reg
 assert len(timm.list_models(module='regnet_reg')) == 104
-print([m for m in sys.modules if m.startswith(('timm_regnet_reg.commands', 'timm_regnet_reg.support'))])
+drawers = tuple(f'timm_regnet_reg.{drawer}' for drawer in ('commands', 'weights', 'papers'))
+print([module for module in sys.modules if module.startswith(drawers)])
 """
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
 
