@@ -57,11 +57,6 @@ def test_counts_grow_with_the_batch_and_work_on_real_tensors():
     assert count(model, torch.zeros(3, 3, 32, 32)) == (parameters, 3 * one)
 
 
-@pytest.mark.parametrize('x, text', [(0.0408129, '0.0408'), (4.0, '4.00'), (25.557, '25.6'), (159.8, '160')])
-def test_figures_have_three_digits(x, text):
-    assert table._three_digits(x) == text
-
-
 def test_every_backbone_has_a_row(monkeypatch, capsys):
     monkeypatch.setattr(table, 'row', lambda backbone: f'| {backbone} |')
     table.main(argparse.Namespace())

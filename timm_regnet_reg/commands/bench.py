@@ -152,9 +152,10 @@ class Bench:
             try:
                 values[name] = function(step)
             except Exception as error:  # whatever a compiler, a kernel or an allocator stumbles over
-                traceback.print_exc()
-                first_line = str(error).strip().partition('\n')[0]
-                self.failures.append(f'{what}, {name} ({type(error).__name__}: {first_line})')
+                told = f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+                if not any(told in failure for failure in self.failures):
+                    traceback.print_exc()
+                self.failures.append(f'{what}, {name} ({told})')
                 del steps[name]
         return values
 
