@@ -3,7 +3,7 @@
     regnet-reg bench                                            # ResNet-20 and ResNet-50 and what regulates them
     regnet-reg bench --backbone resnet101 --batch-size 32
     regnet-reg bench --networks convlstm --threads 1            # these beside the plain one
-    regnet-reg bench --device cuda --amp --compile              # README's table of a GPU
+    regnet-reg bench --amp --compile                            # on a GPU, README's table of one
 
 A backbone is measured plain, regulated by each cell, and, on the CPU, with two other regulators in the same place:
 
@@ -239,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
     precision = 'bfloat16 autocast' if args.amp else 'float32'
     print(_machine(device), f'Medians of {args.repeats} repeats; {precision}, channels_last', sep='\n')
     bench = Bench(networks, args.repeats, device, args.amp, gpu)
-    # not the default stream, on which nothing can be captured
+    # one that isn't the default: see `capture`
     with torch.cuda.stream(torch.cuda.Stream(device) if gpu else None):
         for backbone, batch_size in plan:
             bench.run(backbone, batch_size, args.compile)

@@ -48,7 +48,10 @@ def stopwatch(step: Step) -> Callable[[], float]:
 
 
 def capture(step: Step) -> Step:
-    """The step in a CUDA graph. It must have run on the current stream, which is not to be the default one."""
+    """The step in a CUDA graph, which keeps its memory. It must have run before, on the same stream.
+
+    On the default stream nothing can be captured; and autograd may remember the stream of an earlier step.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         step()
@@ -70,9 +73,16 @@ def _trace(step: Step, activity: ProfilerActivity) -> List[Dict[str, Any]]:
 
 
 def kernels(step: Step) -> List[float]:
-    """The seconds of each kernel, copy and fill that a step runs on the GPU."""
+    """The seconds of each kernel, copy and fill that a step runs on the GPU.
+
+    Raises:
+        RuntimeError: The profiler saw none, which is to say that it can't see them here.
+    """
     events = _trace(step, ProfilerActivity.CUDA)
-    return [1e-6 * e['dur'] for e in events if e.get('cat') in ('kernel', 'gpu_memcpy', 'gpu_memset')]
+    times = [1e-6 * e['dur'] for e in events if e.get('cat') in ('kernel', 'gpu_memcpy', 'gpu_memset')]
+    if not times:
+        raise RuntimeError("torch's profiler saw no kernels: CUPTI doesn't work here")
+    return times
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
