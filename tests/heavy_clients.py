@@ -21,7 +21,7 @@ import traceback
 import timm
 import torch
 import torch.nn.functional as F
-from test_clients import images, lively
+from test_clients import distinct_initializers, images, lively
 from timm.utils import reparameterize_model
 
 NETWORKS = {'plain': 'resnet18', **{cell: f'regnet_reg_resnet18_{cell.lower()}' for cell in ('ConvRNN', 'ConvGRU', 'ConvLSTM')}}
@@ -140,10 +140,12 @@ def aotinductor(model, x, folder):
 
 
 def onnx2torch(model, x, folder):
+    import onnx
     import onnx2torch
 
     torch.onnx.export(model, (x,), f'{folder}/model.onnx', dynamo=False, opset_version=13)
-    return difference(outputs(onnx2torch.convert(f'{folder}/model.onnx'), x), outputs(model, x))
+    converted = onnx2torch.convert(distinct_initializers(onnx.load(f'{folder}/model.onnx')))
+    return difference(outputs(converted, x), outputs(model, x))
 
 
 # Quantisation: the difference is int8's
@@ -315,6 +317,7 @@ ROWS = {
     'nncf-reparameterised': (nncf, 'nncf', 'quantize, reparameterised', True),
     'pt2e': (pt2e, 'torchao', 'PT2E quantisation', False),
     'fx-quantization': (fx_quantization, 'torch', 'FX quantisation', False),
+    'fx-quantization-reparameterised': (fx_quantization, 'torch', 'FX quantisation, reparameterised', True),
     'transformers': (transformers, 'transformers', 'TimmWrapper with plain weights', False),
     'accelerate': (accelerate, 'accelerate', 'init_empty_weights, load_checkpoint_and_dispatch', False),
     'opacus': (opacus, 'opacus', 'grad_sample_mode="ew"', False),
