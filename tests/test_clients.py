@@ -1,7 +1,7 @@
 """Client libraries, really installed: what they do with a plain ResNet they do with a regulated one.
 
-Compared are numbers, with torch's own, of networks in which the regulators' state counts: the start, at which a regulated
-network is its plain backbone, would hide it. What is too heavy to be installed for a test is in heavy_clients.py.
+Compared are numbers, with torch's own, of networks in which the regulators' state counts: the start, at which a
+regulated network is its plain backbone, would hide it. What is too heavy for a test's installation: heavy_clients.py.
 """
 
 import copy
@@ -111,7 +111,9 @@ def test_peft_adapts_the_fusions(model):
 
     layers = [name for name, _ in model.named_modules() if 'fusion_conv' in name] or ['layer4.1.conv2']
     expected = copy.deepcopy(model)
-    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=layers, init_lora_weights=False)).eval()
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, lora_alpha=6, target_modules=layers, init_lora_weights=False)
+    ).eval()
     before = outputs(expected, images())
     with torch.no_grad():
         for name in layers:
