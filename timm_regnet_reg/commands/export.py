@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from ..arguments import DEFAULT_MODEL
 from ..errors import UserError
+from ..weights.files import check_writable, replacing
 from ..weights.inference import load_model
 from ..weights.scoring import ImageFolder, Score, check_finite, check_same_classes, score
-from ..weights.files import check_writable, replacing
 
 __all__ = ['OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize']
 

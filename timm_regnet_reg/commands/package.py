@@ -252,9 +252,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--batch-size', type=positive, default=128, metavar='N', help='for scoring (default: %(default)s)'
     )
-    parser.add_argument(
-        '--workers', type=count, default=2, metavar='N', help='loader processes (default: %(default)s)'
-    )
+    parser.add_argument('--workers', type=count, default=2, metavar='N', help='loader processes (default: %(default)s)')
     add_device(parser)
 
 

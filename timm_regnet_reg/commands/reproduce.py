@@ -43,8 +43,8 @@ import torch
 import yaml
 from PIL import Image
 
-from ..arguments import count, positive
 from .. import __version__
+from ..arguments import count, positive
 from ..errors import UserError, reason
 from ..papers.flops import count
 from ..papers.plots import plot_folder

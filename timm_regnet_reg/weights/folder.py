@@ -20,8 +20,8 @@ from timm.models import is_model, save_for_hf
 from .. import __version__
 from ..errors import UserError, reason
 from ..pretrained import check_weights, file_sha256
-from .scoring import Score, try_image
 from .files import check_writable, replacing
+from .scoring import Score, try_image
 
 __all__ = [
     'FILES',
