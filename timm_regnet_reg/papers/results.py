@@ -1,18 +1,20 @@
-"""The rows of the papers' CIFAR tables, the CSV files of what was trained for them, and what these tell."""
+"""The rows of the papers' CIFAR tables, runs of them, the CSV files of what was trained, and what these tell."""
 
 import ast
 import csv
+import hashlib
 import io
+import json
 import math
-import os
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 from ..errors import UserError
-from ..weights.files import lock_folder, replacing
+from ..weights.files import locked, replacing
 
-__all__ = ['ALIKE', 'COLUMNS', 'IDENTITY', 'ROWS', 'TABLES', 'Row', 'add_result', 'draw', 'read_results', 'report']
+__all__ = ['COLUMNS', 'ROWS', 'TABLES', 'Row', 'Run', 'add_result', 'draw', 'find_result', 'read_results', 'report']
 
 
 class Row(NamedTuple):
@@ -63,12 +65,93 @@ TABLES: Dict[str, List[Row]] = {
     ],
 }
 ROWS = [row for rows in TABLES.values() for row in rows]
-IDENTITY = ['model', 'arguments', 'dataset', 'schedule', 'precision', 'device', 'images', 'seed']
+IDENTITY = ['model', 'arguments', 'dataset', 'schedule', 'engine', 'precision', 'images', 'seed']
 MEASURED = ['top1', 'top5', 'train_loss', 'parameters', 'multiply_adds', 'seconds']
-VERSIONS = ['timm_regnet_reg', 'timm', 'torch', 'python']
-COLUMNS = IDENTITY + MEASURED + ['epochs', 'recipe', 'settings'] + VERSIONS + ['options']
-# what rows must have in common for a mean or a table; `settings` is a digest of all that the runs are given alike
-ALIKE = ['dataset', 'schedule', 'epochs', 'precision', 'device', 'images', 'settings']
+VERSIONS = ['device', 'timm_regnet_reg', 'timm', 'torch', 'python']
+COLUMNS = IDENTITY + MEASURED + ['epochs', 'settings'] + VERSIONS + ['options']
+# what rows must have in common for a mean or a table
+ALIKE = ['dataset', 'schedule', 'epochs', 'engine', 'precision', 'images', 'settings']
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One training of a row, by all that decides its result.
+
+    Args:
+        row: What is trained.
+        dataset: 'cifar10' or 'cifar100'.
+        schedule: Name of the recipe among the data set's.
+        seed: Of the weights, the order of the images and their views.
+        engine: 'resident' or 'train.py'.
+        recipe: The recipe's options, and those of the precision.
+        images: The number of images in train/ and validation/.
+    """
+
+    row: Row
+    dataset: str
+    schedule: str
+    seed: int
+    engine: str
+    recipe: Dict[str, Any]
+    images: Dict[str, int]
+
+    def __str__(self) -> str:
+        return f'{self.row}, seed {self.seed}'
+
+    @property
+    def precision(self) -> str:
+        return 'bf16' if self.recipe.get('amp') else 'float32'
+
+    @property
+    def classes(self) -> int:
+        return int(self.dataset.removeprefix('cifar'))
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        stages = ''.join(f'-stage{i}' for i in self.row.kwargs.get('regulated_stages', ()))
+        names = (self.dataset, self.schedule, self.engine, self.precision, self.row.model + stages, f'seed{self.seed}')
+        return '-'.join(names)
+
+    @property
+    def settings(self) -> str:
+        """A digest of what the runs of a table are given alike."""
+        text = json.dumps([self.recipe, self.images], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def facts(self) -> Dict[str, str]:
+        """What is known of the run's result before it is trained."""
+        return {
+            'model': self.row.model,
+            'arguments': self.row.arguments,
+            'dataset': self.dataset,
+            'schedule': self.schedule,
+            'engine': self.engine,
+            'precision': self.precision,
+            'images': str(self.images['validation']),
+            'seed': str(self.seed),
+            'epochs': str(self.recipe['epochs']),
+            'settings': self.settings,
+        }
+
+
+def find_result(run: Run, results: List[Dict[str, str]]) -> bool:
+    """Whether a run is among the results.
+
+    Raises:
+        UserError: It is, but was trained with other settings.
+    """
+    facts = run.facts
+    for result in results:
+        if all(result[key] == facts[key] for key in IDENTITY):
+            if result['settings'] != facts['settings']:
+                raise UserError(
+                    f'{run}: has a result that was trained with another recipe or on other images. Give another '
+                    '--results, or remove its row'
+                )
+            return True
+    return False
 
 
 def read_results(path: Path) -> List[Dict[str, str]]:
@@ -98,8 +181,8 @@ def _check_result(result: Dict[str, str], line: int) -> None:
         raise ValueError(f'line {line} has not the columns {", ".join(COLUMNS)}')
     if (result['model'], result['arguments']) not in [(row.model, row.arguments) for row in ROWS]:
         raise ValueError(f'line {line} is of no row of the tables')
-    if result['dataset'] not in ('cifar10', 'cifar100'):
-        raise ValueError(f'line {line} is of the data set {result["dataset"]}')
+    if result['dataset'] not in ('cifar10', 'cifar100') or result['engine'] not in ('resident', 'train.py'):
+        raise ValueError(f'line {line} is of the data set {result["dataset"]}, trained by {result["engine"]}')
     for key in ('seed', 'images', 'parameters', 'multiply_adds'):
         int(result[key])
     if not math.isfinite(float(result['train_loss'])) or not 0 <= float(result['top1']) <= 100:
@@ -112,23 +195,19 @@ def add_result(path: Path, result: Dict[str, Any]) -> None:
     Raises:
         UserError: The file can't be read or written, or has a row of that run.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(path.parent, seconds=60)
-    try:
+    with locked(path, seconds=60):
         order = {(row.model, row.arguments): index for index, row in enumerate(ROWS)}
         results = read_results(path)
         if any(all(known[key] == str(result[key]) for key in IDENTITY) for known in results):
             raise UserError(f'{path}: has a row of this run, which stays')
         results.append({key: str(value) for key, value in result.items()})
-        results.sort(key=lambda r: (r['schedule'], r['precision'], order[r['model'], r['arguments']], int(r['seed'])))
+        results.sort(key=lambda r: (*(r[key] for key in ALIKE), order[r['model'], r['arguments']], int(r['seed'])))
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
         writer.writeheader()
         writer.writerows(results)
         with replacing(path) as new:
             new.write_text(text.getvalue(), encoding='utf-8')
-    finally:
-        os.close(lock)
 
 
 def _groups(results: List[Dict[str, str]]) -> Dict[Tuple[str, ...], Dict[Row, List[Dict[str, str]]]]:
@@ -144,7 +223,7 @@ def _title(alike: Tuple[str, ...]) -> str:
     facts = dict(zip(ALIKE, alike))
     return (
         f'{facts["dataset"].replace("cifar", "CIFAR-")}, schedule {facts["schedule"]}, {facts["epochs"]} epochs, '
-        f'{facts["precision"]} on {facts["device"]}, {int(facts["images"]):,} images, settings {facts["settings"]}'
+        f'{facts["precision"]}, by {facts["engine"]}, {int(facts["images"]):,} images, settings {facts["settings"]}'
     )
 
 
