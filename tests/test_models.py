@@ -114,7 +114,7 @@ def test_default_cfg_and_feature_info_describe_the_network(name):
 ADDED = re.compile(
     r'layer\d\.(regulator\.(pointwise|depthwise|bias)'
     r'|\d+\.(regulator_bn|fusion_bn)\.(weight|bias|running_mean|running_var|num_batches_tracked)'
-    r'|\d+\.fusion_conv\.weight)'
+    r'|\d+\.fusion_conv_[xh]\.weight)'
 )
 
 
@@ -571,7 +571,7 @@ def test_ensembles_run_as_one_network(net, memory_format):
 
 
 @pytest.mark.parametrize('net', ['cifar', 'bottleneck'])
-@pytest.mark.parametrize('part', ['.regulator.', '.fusion_conv.', '.conv1.', '.conv2.'])
+@pytest.mark.parametrize('part', ['.regulator.', '.fusion_conv_', '.conv1.', '.conv2.'])
 def test_ensembles_of_a_part_of_the_network(net, part):
     """On one backbone, say, several regulators."""
     models = [lively(net), lively(net)]

@@ -60,7 +60,7 @@ def backbone(kind, **kwargs):
 
 
 def images(model, batch=2):
-    size = 64 if hasattr(model, 'layer4') else 32
+    size = 32 if model.pretrained_cfg['input_size'][-1] == 32 else 64
     return torch.randn(batch, model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -86,7 +86,7 @@ def test_outputs_are_unchanged_and_so_is_the_given_network(kind, cell):
     x = images(model)
     regulated = regulate(model, cell)
     assert isinstance(regulated, RegulatedResNet)
-    assert all(isinstance(stage, RegulatedStage) for stage in regulated._stages())
+    assert all(isinstance(stage, RegulatedStage) for stage in regulated.stages())
     with torch.no_grad():
         assert difference(regulated(x), model(x)) < 1e-4
     weights = regulated.state_dict()
@@ -132,17 +132,17 @@ def test_an_untrained_network_starts_as_its_backbone(name, plain, kwargs, again)
         assert difference(model.eval()(x), plain.eval()(x)) < 1e-4
         in_training = difference(model.train()(x), plain.train()(x))  # batch statistics are not quite what is expected
         assert in_training < 0.15
-        for block in (block for stage in model._stages() for block in stage):
-            block.fusion_conv.weight.normal_()
+        for block in (block for stage in model.stages() for block in stage):
+            block.fusion_conv_x.weight.normal_()
         assert difference(model(x), plain(x)) > 3 * in_training, 'the fusion makes no difference'
 
 
 @pytest.mark.parametrize('kwargs', [dict(act_layer='silu'), dict(norm_layer='groupnorm1')])
 def test_an_untrained_network_of_other_layers_starts_with_the_kernel_alone(kwargs):
     block = timm.create_model('regnet_reg_resnet18_convgru', **TINY, **kwargs).layer1[0]
-    W = block.fusion_conv.weight[:, :, 0, 0]
-    torch.testing.assert_close(W, torch.eye(16, 32), rtol=0, atol=1e-5)
-    assert W[:, 16:].any(), 'no gradient would reach the cell'
+    W_x, W_h = block.fusion_conv_x.weight[:, :, 0, 0], block.fusion_conv_h.weight
+    assert torch.equal(W_x, torch.eye(16))
+    assert 0 < W_h.abs().max() < 1e-5, 'H counts from the start, or no gradient would reach the cell'
     assert (block.fusion_bn.weight == 1).all() and not block.fusion_bn.bias.any()
 
 
@@ -154,7 +154,7 @@ def test_an_untrained_network_of_other_layers_starts_with_the_kernel_alone(kwarg
 def test_gradients_reach_every_regulator_from_the_first_step(kind, cell):
     regulated = regulate(backbone(kind), cell).train()
     regulated(images(regulated, 8)).square().mean().backward()
-    depths = {f'layer{i}': len(stage) for i, stage in enumerate(regulated._stages(), start=1)}
+    depths = {f'layer{i}': len(stage) for i, stage in enumerate(regulated.stages(), start=1)}
     for name, p in regulated.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
         if 'regulator' not in name and 'fusion' not in name:
@@ -182,8 +182,7 @@ def test_regulators_learn():
     for name, by in moved.items():
         if '.regulator.' in name or '.fusion_conv' in name:
             assert by > 1e-7, name
-    W = model.layer1[0].fusion_conv.weight
-    assert W[:, 16:].abs().max() > 1e-4, 'the state has no influence yet'
+    assert model.layer1[0].fusion_conv_h.weight.abs().max() > 1e-4, 'the state has no influence yet'
 
 
 def learnable(model, steps, batch=128):
@@ -325,7 +324,7 @@ def test_grad_checkpointing_is_kept(stages):
 def test_only_the_stages_asked_for(kind, stages, found):
     model = backbone(kind)
     regulated = regulate(model, stages=stages)
-    assert [i for i, stage in enumerate(regulated._stages(), start=1) if isinstance(stage, RegulatedStage)] == found
+    assert [i for i, stage in enumerate(regulated.stages(), start=1) if isinstance(stage, RegulatedStage)] == found
     x = images(model)
     with torch.no_grad():
         assert difference(regulated(x), model(x)) < 1e-4
