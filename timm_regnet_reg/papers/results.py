@@ -110,8 +110,8 @@ class Run:
     def name(self) -> str:
         """Of the run's folder."""
         stages = ''.join(f'-stage{i}' for i in self.row.kwargs.get('regulated_stages', ()))
-        names = (self.dataset, self.schedule, self.engine, self.precision, self.row.model + stages, f'seed{self.seed}')
-        return '-'.join(names)
+        names = [self.dataset, self.schedule, self.engine, self.precision, self.row.model + stages, f'seed{self.seed}']
+        return '-'.join([*names, self.settings])
 
     @property
     def settings(self) -> str:
