@@ -30,7 +30,6 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs
 
 import timm_regnet_reg  # noqa: F401  (registers the models)
-from timm_regnet_reg.commands.reproduce import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / 'train_recipes').glob('*.yaml'))}
@@ -229,14 +228,14 @@ def test_imagenet_schedule_is_the_papers():
     assert num_epochs == 100
 
 
-def test_short_cifar_schedule_warms_up_and_ends_at_zero():
-    overrides = {key.replace('-', '_'): value for key, value in SCHEDULES['short'].items()}
-    rates, num_epochs = learning_rates('cifar10', 390, range(31), **overrides)
-    assert num_epochs == 30
+@pytest.mark.parametrize('name, epochs', [('cifar10_short', 30), ('cifar10_strong', 200)])
+def test_cosine_cifar_schedules_warm_up_and_end_at_zero(name, epochs):
+    rates, num_epochs = learning_rates(name, 390, range(epochs + 1))
+    assert num_epochs == epochs
     assert rates[0] == pytest.approx(0.01)
     assert rates[1] > 0.098
     assert rates[1:] == sorted(rates[1:], reverse=True)
-    assert rates[30] == pytest.approx(0, abs=1e-8)
+    assert rates[epochs] == pytest.approx(0, abs=1e-8)
 
 
 @pytest.mark.parametrize(
