@@ -1,7 +1,4 @@
-"""The engine of `reproduce`, held against timm's own functions and, where TIMM_TRAIN_SCRIPT is set, timm's own train.py.
-
-See test_recipes.py for that variable.
-"""
+"""The engine of `reproduce`, held against plain SGD, timm's functions, and timm's train.py (see test_recipes.py)."""
 
 import functools
 import math

@@ -2,7 +2,7 @@
 
     regnet-reg cifar DIR
     regnet-reg reproduce --data-dir DIR
-    regnet-reg reproduce --data-dir DIR --amp --compile --table resnet20 stages --seeds 0 1 2 3 4
+    regnet-reg reproduce --data-dir DIR --device cuda --amp --compile --seeds 0 1 2 3 4
     regnet-reg reproduce path/to/train.py --data-dir DIR
     regnet-reg reproduce --report
 
@@ -31,6 +31,7 @@ import csv
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -43,14 +44,17 @@ import torch
 import yaml
 
 from .. import __version__
+from ..arguments import add_device, positive
 from ..arguments import count as whole_number
-from ..arguments import positive
 from ..errors import UserError, reason
 from ..papers import resident
 from ..papers.flops import count
 from ..papers.plots import plot_folder
 from ..papers.results import TABLES, Row, Run, add_result, draw, read_results, report
-from ..weights.files import check_writable, locked, replacing
+from ..weights.files import check_writable, locked
+from ..weights.scoring import check_device
+
+AT_ONCE = 4  # networks on a GPU
 
 # what may be the matter with one run, its folder and its files; other runs go on
 TROUBLE = (UserError, OSError, MemoryError, ValueError, csv.Error, torch.OutOfMemoryError)
@@ -122,13 +126,20 @@ def read_summary(folder: Path) -> Dict[int, Dict[str, float]]:
     return epochs
 
 
+def _options(run: Run, recipe: Path) -> List[str]:
+    """What train.py is given of a run."""
+    amp = ['--amp', '--amp-dtype', 'bfloat16'] if run.recipe.get('amp') else []
+    kwargs = ['--model-kwargs', *run.row.arguments.split()] if run.row.arguments else []
+    return ['--config', str(recipe), *amp, '--model', run.row.model, *kwargs, '--seed', str(run.seed)]
+
+
 def train_by_script(run: Run, folder: Path, options: List[str]) -> Dict[str, Any]:
     """Train a run by train.py, from the start or after its last complete epoch.
 
     Args:
         run: The run.
         folder: Of its log and checkpoints.
-        options: The path of train.py, and options that are no part of the run.
+        options: The path of train.py, the run's options, and others that are no part of the run.
 
     Returns:
         Columns of the run's row.
@@ -137,15 +148,11 @@ def train_by_script(run: Run, folder: Path, options: List[str]) -> Dict[str, Any
         UserError: The run's checkpoint can't be loaded, train.py failed, or the training diverged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    recipe, checkpoint, log = folder / 'recipe.yaml', folder / 'last.pth.tar', folder / 'log.txt'
-    with replacing(recipe) as new:
-        new.write_text(yaml.safe_dump(run.recipe), encoding='utf-8')
+    checkpoint, log = folder / 'last.pth.tar', folder / 'log.txt'
     done, epochs = epochs_done(checkpoint), run.recipe['epochs']
     command = [sys.executable, '-m', 'timm_regnet_reg', 'run', *options]  # `run`, as a clone has a timm of its own
-    command += ['--config', str(recipe), '--model', run.row.model, '--checkpoint-hist', '1']
-    command += ['--model-kwargs', *run.row.arguments.split()] if run.row.arguments else []
-    command += ['--output', str(folder.parent), '--experiment', folder.name, '--seed', str(run.seed + 1000 * done)]
-    command += ['--resume', str(checkpoint)] if done else []
+    command += ['--output', str(folder.parent), '--experiment', folder.name, '--checkpoint-hist', '1']
+    command += ['--resume', str(checkpoint), '--seed', str(run.seed + 1000 * done)] if done else []
     print(f'{run}: {f"goes on after epoch {done}" if done else "starts"}; see {log}', flush=True)
     start, code = time.monotonic(), 0
     if done < epochs:
@@ -176,15 +183,6 @@ def _choose(tables: List[str], models: Optional[List[str]]) -> List[Row]:
     return [row for row in rows if not models or {row.model, str(row)} & {*models}]
 
 
-def _choose_device(name: Optional[str]) -> torch.device:
-    try:
-        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        torch.empty(1, device=device)
-    except Exception as error:  # every backend has its own
-        raise UserError(f'--device {name}: cannot be used ({reason(error).splitlines()[0]}); give cpu') from error
-    return device
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('train_py', metavar='TRAIN_PY', nargs='?', help="path of timm's train.py, if it is to train")
     parser.add_argument('--data-dir', metavar='DIR', help='the folder that `regnet-reg cifar` wrote')
@@ -204,8 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--schedule', choices=['papers', 'short', 'strong'], default='papers', help='default: papers')
     parser.add_argument('--amp', action='store_true', help='train in bfloat16 (autocast) instead of float32')
     parser.add_argument('--compile', action='store_true', help='compile the networks, which takes minutes at the start')
-    parser.add_argument('--device', help='default: cuda if there is one, else cpu')
-    parser.add_argument('--at-once', type=positive, default=4, metavar='N', help='networks on a GPU (default: 4)')
+    add_device(parser)
     parser.add_argument('--minutes', type=positive, metavar='M', help='save and stop in time (not with TRAIN_PY)')
     parser.add_argument('--output', default='runs', metavar='DIR', help='for logs and checkpoints (default: ./runs)')
     parser.add_argument(
@@ -242,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
         recipe.update(amp=True, amp_dtype='bfloat16')
     if not args.train_py:
         resident.check_recipe(recipe)
-    device = _choose_device(args.device)
+    device = check_device(args.device)
     counts = count_images(args.data_dir, args.dataset)
     engine = 'train.py' if args.train_py else 'resident'
     runs = {
@@ -272,7 +269,7 @@ def main(args: argparse.Namespace) -> None:
     script += ['--torchcompile', 'inductor'] if args.compile else []
     script += [] if gpu else ['--workers', '0']  # a CPU has no time for processes that wait for it
     images = None if args.train_py else resident.read_images(args.data_dir, device)
-    at_once = args.at_once if gpu and images else 1
+    at_once = AT_ONCE if gpu and images else 1
     failed: List[str] = []
 
     def fail(run: Run, error: Exception) -> None:
@@ -294,12 +291,14 @@ def main(args: argparse.Namespace) -> None:
             if images:
                 outcomes = resident.train(claimed, images, versions, stop, args.compile)
             else:
-                outcomes = _by_script(claimed, script)
+                outcomes = _by_script(claimed, path, script)
             for run, outcome in outcomes:
                 try:
                     if isinstance(outcome, Exception):
                         raise outcome
-                    add_result(results, {**_result(run, path), **versions, **outcome})
+                    add_result(
+                        results, {**_facts(run), 'options': shlex.join(_options(run, path)), **versions, **outcome}
+                    )
                     print(f'{run}: done, top-1 {outcome["top1"]:.2f} %', flush=True)
                 except TROUBLE as error:
                     fail(run, error)
@@ -309,23 +308,18 @@ def main(args: argparse.Namespace) -> None:
         print('Stopped in time; the same command goes on with what is not done.')
 
 
-def _by_script(runs: Dict[Run, Path], options: List[str]) -> Iterator[Tuple[Run, Union[Dict[str, Any], Exception]]]:
-    for run, folder in runs.items():
-        try:
-            yield run, train_by_script(run, folder, options)
-        except TROUBLE as error:
-            yield run, error
-
-
-def _result(run: Run, recipe: Path) -> Dict[str, Any]:
-    """The columns of a run's row that no training measures; `options` are those for train.py."""
+def _facts(run: Run) -> Dict[str, Any]:
+    """The columns of a run's row that no training measures."""
     model = timm.create_model(run.row.model, num_classes=run.classes, device='meta', **run.row.kwargs).eval()
     parameters, multiply_adds = count(model, torch.empty(1, 3, 32, 32, device='meta'))
-    options = ['--config', recipe.as_posix(), *(['--amp', '--amp-dtype', 'bfloat16'] if run.recipe.get('amp') else [])]
-    options += ['--model', run.row.model, *(['--model-kwargs', run.row.arguments] if run.row.arguments else [])]
-    return {
-        **run.identity,
-        'parameters': parameters,
-        'multiply_adds': multiply_adds,
-        'options': ' '.join([*options, '--seed', str(run.seed)]),
-    }
+    return {**run.identity, 'parameters': parameters, 'multiply_adds': multiply_adds}
+
+
+def _by_script(
+    runs: Dict[Run, Path], recipe: Path, script: List[str]
+) -> Iterator[Tuple[Run, Union[Dict[str, Any], Exception]]]:
+    for run, folder in runs.items():
+        try:
+            yield run, train_by_script(run, folder, [*script, *_options(run, recipe.absolute())])
+        except TROUBLE as error:
+            yield run, error

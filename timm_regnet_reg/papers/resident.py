@@ -54,9 +54,7 @@ VALUES: Dict[str, List[Any]] = {
     'color_jitter': [0.0],
     'smoothing': [0.0],
 }
-NEEDED = {'batch_size', 'lr_base', 'lr_base_size', 'momentum', 'weight_decay', 'epochs', 'hflip', *VALUES} - {
-    'amp_dtype'
-}
+NEEDED = {'batch_size', 'lr_base', 'lr_base_size', 'momentum', 'weight_decay', 'epochs', 'hflip'}
 
 
 def check_recipe(recipe: Dict[str, Any]) -> None:
@@ -214,6 +212,8 @@ class Network:
         if self.path.exists():
             state = self._read()
         self._restore(state)
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()  # before the network's own stream goes on with it
 
     def _momenta(self) -> Dict[str, Tensor]:
         state = self.optimizer.state
@@ -259,6 +259,7 @@ class Network:
             ) from error
 
     def _capture(self) -> None:
+        torch.backends.cudnn.benchmark = True
         self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
