@@ -181,7 +181,7 @@ def test_a_run_is_trained_once_and_another_process_has_its_own(clone, capsys):
     'more, message',
     [
         (['--report'], 'no results yet'),
-        (['--data-dir', 'nowhere'], 'PNG images of 0 classes'),
+        (['--data-dir', 'nowhere'], 'holds images of 0 classes'),
         (['--data-dir', 'a' * 300], 'of 0 classes'),
         (['nowhere.py', '--data-dir', 'data'], 'expected train.py'),
         (['train.py', '--data-dir', 'data', '--minutes', '1'], 'no --minutes'),

@@ -169,7 +169,9 @@ def test_top1_is_that_of_timms_loader_on_the_same_folder(name, tmp_path):
     recipe = {**load(name), 'batch_size': 16}
     run = Run(PLAIN, name, 'papers', 0, 'resident', recipe, {'train': 2 * classes, 'validation': 2 * classes})
     (tmp_path / 'run').mkdir()
-    network = Network(run, resident.read_images(str(tmp_path), torch.device('cpu')), tmp_path / 'run', compiled=False)
+    network = Network(
+        run, resident.read_images(str(tmp_path), classes, torch.device('cpu')), tmp_path / 'run', compiled=False
+    )
     outputs, targets = [], []
     torch.nn.init.normal_(network.model.fc.weight)
     config = timm.data.resolve_data_config(recipe, model=network.model)
@@ -303,16 +305,16 @@ def test_a_recipe_that_the_engine_does_not_follow_is_refused_by_name(change, mes
 
 def test_images_are_those_of_the_folder_in_the_order_of_its_classes(tmp_path):
     write_folder(tmp_path)
-    images = resident.read_images(str(tmp_path), torch.device('cpu'))
+    images = resident.read_images(str(tmp_path), 10, torch.device('cpu'))
     assert images.train.shape == (20, 40, 40, 3) and images.test_labels.tolist() == [*range(10)]
     assert np.array_equal(images.train[3], Image.open(tmp_path / 'train' / 'class1' / '1.png'))
     Image.new('RGB', (32, 32)).save(tmp_path / 'train' / 'class9' / '1.png')
     with pytest.raises(UserError, match='1.png: is 32x32, expected 40x40'):
-        resident.read_images(str(tmp_path), torch.device('cpu'))
+        resident.read_images(str(tmp_path), 10, torch.device('cpu'))
     (tmp_path / 'validation' / 'class9' / '0.png').write_bytes(b'')
     (tmp_path / 'train' / 'class9' / '1.png').unlink()
     with pytest.raises(UserError, match='0.png: cannot be read'):
-        resident.read_images(str(tmp_path), torch.device('cpu'))
+        resident.read_images(str(tmp_path), 10, torch.device('cpu'))
 
 
 def test_package_makes_a_folder_of_a_finished_run(tmp_path):

@@ -60,26 +60,6 @@ AT_ONCE = 4  # networks on a GPU
 TROUBLE = (UserError, OSError, MemoryError, ValueError, csv.Error, torch.OutOfMemoryError)
 
 
-def count_images(data_dir: str, dataset: str) -> Dict[str, int]:
-    """The number of images in each split.
-
-    Raises:
-        UserError: These are not the folders that `regnet-reg cifar` writes.
-    """
-    images = {}
-    for split in ('train', 'validation'):
-        root = Path(data_dir, split)
-        files = list(root.glob('*/*.png')) if os.path.isdir(root) else []  # glob fails on a name that is too long
-        classes = len({file.parent for file in files})
-        if classes != int(dataset.removeprefix('cifar')):
-            raise UserError(
-                f'{root}: holds PNG images of {classes} classes; write the folder with `regnet-reg cifar DIR --dataset '
-                f'{dataset}`'
-            )
-        images[split] = len(files)
-    return images
-
-
 def read_recipe(dataset: str, schedule: str) -> Tuple[Path, Dict[str, Any]]:
     """The recipe of a schedule, and its place.
 
@@ -240,7 +220,8 @@ def main(args: argparse.Namespace) -> None:
     if not args.train_py:
         resident.check_recipe(recipe)
     device = check_device(args.device)
-    counts = count_images(args.data_dir, args.dataset)
+    classes = int(args.dataset.removeprefix('cifar'))
+    counts = {split: len(resident.find_images(args.data_dir, split, classes)) for split in resident.SIZES}
     engine = 'train.py' if args.train_py else 'resident'
     runs = {
         run: Path(args.output, run.name).absolute()
@@ -268,7 +249,7 @@ def main(args: argparse.Namespace) -> None:
     script += ['--data-dir', os.path.abspath(args.data_dir), '--device', str(device)]
     script += ['--torchcompile', 'inductor'] if args.compile else []
     script += [] if gpu else ['--workers', '0']  # a CPU has no time for processes that wait for it
-    images = None if args.train_py else resident.read_images(args.data_dir, device)
+    images = None if args.train_py else resident.read_images(args.data_dir, classes, device)
     at_once = AT_ONCE if gpu and images else 1
     failed: List[str] = []
 

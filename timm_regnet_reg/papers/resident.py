@@ -30,38 +30,38 @@ from ..errors import UserError, reason
 from ..weights.files import replacing
 from .results import Row, Run
 
-__all__ = ['Images', 'Network', 'check_recipe', 'create_optimizer', 'learning_rates', 'read_images', 'train', 'views']
+__all__ = ['Images', 'Network', 'check_recipe', 'find_images', 'learning_rates', 'read_images', 'train', 'views']
 
 SAVE_SECONDS = 30
+SIZES = {'train': 40, 'validation': 32}  # of the images
 
 # what may be the matter with one network; others go on
 TROUBLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
 
-# keys of a recipe that the engine goes by, or that are nothing to it: our models are registered, no view is resized
-KEYS = {
-    *('batch_size', 'lr_base', 'lr_base_size', 'momentum', 'weight_decay', 'opt_kwargs', 'epochs', 'sched_on_updates'),
-    *('decay_milestones', 'decay_rate', 'min_lr', 'warmup_epochs', 'warmup_lr', 'warmup_prefix'),
-    *('hflip', 'num_classes', 'mean', 'std', 'amp', 'device_modules', 'train_interpolation'),
+# what the engine goes by of a recipe: keys that must be there, keys that may be (the last two mean nothing here), and
+# values, where it does no others
+NEEDED = {'batch_size', 'lr_base', 'lr_base_size', 'momentum', 'weight_decay', 'epochs', 'hflip'}
+OPTIONAL = {
+    *('opt_kwargs', 'sched_on_updates', 'decay_milestones', 'decay_rate', 'min_lr', 'warmup_epochs', 'warmup_lr'),
+    *('warmup_prefix', 'num_classes', 'mean', 'std', 'amp', 'amp_dtype', 'device_modules', 'train_interpolation'),
 }
-# those that it takes some values of; where they are missing, train.py does something else
 VALUES: Dict[str, List[Any]] = {
     'opt': ['sgd', 'momentum', 'nesterov'],
     'sched': ['multistep', 'cosine'],
-    'amp_dtype': ['bfloat16'],
     'channels_last': [True],
     'scale': [[0.64, 0.64]],  # windows of 32x32 of 40x40
     'ratio': [[1.0, 1.0]],
     'color_jitter': [0.0],
     'smoothing': [0.0],
 }
-NEEDED = {'batch_size', 'lr_base', 'lr_base_size', 'momentum', 'weight_decay', 'epochs', 'hflip'}
 
 
 def check_recipe(recipe: Dict[str, Any]) -> None:
     """Raises a UserError that names what this engine can't do of a recipe."""
-    wrong = [f'{key}: {value}' for key, value in recipe.items() if key not in KEYS and value not in VALUES.get(key, [])]
-    needed = {*NEEDED, *VALUES, *(['decay_milestones'] if recipe.get('sched') == 'multistep' else [])} - {'amp_dtype'}
-    wrong += [f'no {key}' for key in sorted(needed - recipe.keys())]
+    needed = {*NEEDED, *VALUES, *(['decay_milestones'] if recipe.get('sched') == 'multistep' else [])}
+    values = {**VALUES, 'amp_dtype': ['bfloat16']}
+    wrong = [key for key in recipe if key not in needed | OPTIONAL or recipe[key] not in values.get(key, [recipe[key]])]
+    wrong = [f'{key}: {recipe[key]}' for key in wrong] + [f'no {key}' for key in sorted(needed - recipe.keys())]
     if wrong:
         raise UserError(f"the recipe has {', '.join(wrong)}; that needs timm's train.py: give TRAIN_PY, too")
 
@@ -98,28 +98,48 @@ class Images(NamedTuple):
     test_labels: Tensor
 
 
-def read_images(folder: str, device: torch.device) -> Images:
+def _read_image(path: str, size: int) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert('RGB'))
+    except Exception as error:  # decoders raise whatever they stumble over in a damaged file
+        raise UserError(f'{path}: cannot be read as an image ({reason(error)}); get it again') from error
+    if pixels.shape != (size, size, 3):
+        height, width, _ = pixels.shape
+        raise UserError(
+            f'{path}: is {width}x{height}, expected {size}x{size}; write the folder with `regnet-reg cifar`'
+        )
+    return pixels
+
+
+def find_images(folder: str, split: str, classes: int) -> List[Tuple[str, int]]:
+    """Paths and classes of the images of a split, in timm's order.
+
+    Raises:
+        UserError: There aren't as many classes, or the first image is damaged or of another size.
+    """
+    root = str(Path(folder, split))
+    samples, found = find_images_and_targets(root)
+    if len(found) != classes:
+        raise UserError(
+            f'{root}: holds images of {len(found)} classes, not {classes}; write it with `regnet-reg cifar`'
+        )
+    _read_image(samples[0][0], SIZES[split])
+    return samples
+
+
+def read_images(folder: str, classes: int, device: torch.device) -> Images:
     """All images of a folder that `regnet-reg cifar` wrote.
 
     Raises:
-        UserError: An image is damaged or of another size.
+        UserError: An image is damaged or of another size, or there aren't as many classes.
     """
-
-    def read(path: str, size: int) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert('RGB'))
-        except Exception as error:  # decoders raise whatever they stumble over in a damaged file
-            raise UserError(f'{path}: cannot be read as an image ({reason(error)}); get it again') from error
-        if pixels.shape != (size, size, 3):
-            raise UserError(f'{path}: is {pixels.shape[1]}x{pixels.shape[0]}, expected {size}x{size}; get it again')
-        return pixels
-
     tensors = []
     with ThreadPoolExecutor() as pool:
-        for split, size in (('train', 40), ('validation', 32)):
-            paths, labels = zip(*find_images_and_targets(str(Path(folder, split)))[0])
-            tensors += [torch.from_numpy(np.stack([*pool.map(read, paths, [size] * len(paths))])), torch.tensor(labels)]
+        for split, size in SIZES.items():
+            paths, labels = zip(*find_images(folder, split, classes))
+            pixels = np.stack([*pool.map(_read_image, paths, [size] * len(paths))])
+            tensors += [torch.from_numpy(pixels), torch.tensor(labels)]
     return Images(*(tensor.to(device) for tensor in tensors))
 
 

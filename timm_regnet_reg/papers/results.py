@@ -197,12 +197,6 @@ def _title(alike: Tuple[str, ...]) -> str:
     )
 
 
-def _versions(results: List[Dict[str, str]]) -> str:
-    """What the runs were trained with."""
-    found = {key: ' and '.join(sorted({result[key] for result in results})) for key in VERSIONS}
-    return 'Trained with ' + ', '.join(f'{key} {versions}' for key, versions in found.items())
-
-
 def _error(results: List[Dict[str, str]]) -> Tuple[float, float]:
     """Mean and standard deviation of the error in percent; no deviation of a single seed."""
     errors = [100 - float(result['top1']) for result in results]
@@ -231,18 +225,18 @@ def _differences(rows: Dict[Row, List[Dict[str, str]]]) -> List[str]:
         if plain:
             interval = _student(freedom) * deviation * math.sqrt(1 / len(runs) + 1 / len(rows[plain]))
             lines.append(f'- {row}: {_error(runs)[0] - _error(rows[plain])[0]:+.2f} ± {interval:.2f}')
-    title = (
-        f"Error minus the plain network's, with its 95 % interval over seeds (Student's t; deviation {deviation:.2f})"
-    )
-    return [f'{title}:', '', *lines, ''] if lines else []
+    title = f"Error minus the plain network's, 95 % interval over seeds (Student's t, deviation {deviation:.2f}):"
+    return [title, '', *lines, ''] if lines else []
 
 
 def report(results: List[Dict[str, str]]) -> str:
     """Markdown: for all runs that may be compared a table of errors beside the papers'."""
     lines = []
     for alike, rows in _groups(results).items():
+        found = {key: {run[key] for runs in rows.values() for run in runs} for key in VERSIONS}
+        versions = ', '.join(f'{key} {" and ".join(sorted(values))}' for key, values in found.items())
         lines += [
-            f'{_title(alike)}. {_versions([run for runs in rows.values() for run in runs])}:',
+            f'{_title(alike)}. Trained with {versions}:',
             '',
             "| model | parameters | multiply-adds | error, % | seeds | training loss | papers' error, % |",
             '|---|---:|---:|---:|---:|---:|---:|',
