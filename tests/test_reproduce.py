@@ -173,6 +173,7 @@ def test_a_run_is_trained_once_and_another_process_has_its_own(clone, capsys):
     known = read_results(Path('results', 'cifar10.csv'))
     assert [(result['model'], result['arguments']) for result in known] == [(rows[0], ''), tuple(rows[1].split())]
     assert known[0]['parameters'] == '272474' and known[0]['images'] == '10' and known[0]['torch'] == torch.__version__
+    assert [reproduce.epochs_done(path) for path in Path('runs').glob('*/last.pth.tar')] == [2, 2]
     assert known[1]['options'].startswith('--config train_recipes/cifar10.yaml --model regnet_reg_resnet20_convlstm')
     assert main(command) == 0 and '2 of 2 runs were done before' in capsys.readouterr().out
 

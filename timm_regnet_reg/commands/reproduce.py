@@ -242,7 +242,7 @@ def main(args: argparse.Namespace) -> None:
         'device': torch.cuda.get_device_name(device) if gpu else 'cpu',
         'timm_regnet_reg': __version__,
         'timm': timm.__version__,
-        'torch': torch.__version__,
+        'torch': str(torch.__version__),  # a class of its own, which checkpoints don't take
         'python': platform.python_version(),
     }
     script = [os.path.abspath(args.train_py)] if args.train_py else []

@@ -121,9 +121,7 @@ def find_images(folder: str, split: str, classes: int) -> List[Tuple[str, int]]:
     root = str(Path(folder, split))
     samples, found = find_images_and_targets(root)
     if len(found) != classes:
-        raise UserError(
-            f'{root}: holds images of {len(found)} classes, not {classes}; write it with `regnet-reg cifar`'
-        )
+        raise UserError(f'{root}: holds images of {len(found)} classes, not {classes}: write it by `regnet-reg cifar`')
     _read_image(samples[0][0], SIZES[split])
     return samples
 
