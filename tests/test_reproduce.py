@@ -21,6 +21,7 @@ from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.commands import reproduce
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.papers import results as papers_results
+from timm_regnet_reg.papers.resident import Network
 from timm_regnet_reg.papers.results import COLUMNS, ROWS, TABLES, Run, add_result, read_results, report
 from timm_regnet_reg.weights.files import locked
 
@@ -158,22 +159,33 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_is_trained_once_and_another_process_has_its_own(clone, capsys):
-    command = ['reproduce', '--data-dir', 'data', '--device', 'cpu', '--results', 'results']
+def test_a_run_is_trained_once_and_goes_on_and_another_process_has_its_own(clone, capsys, monkeypatch):
+    command = ['reproduce', '--data-dir', 'data', '--results', 'results']
     rows = ['cifar_resnet20', 'regnet_reg_resnet20_convlstm regulated_stages=(3,)']
     command += ['--table', 'resnet20', 'stages', '--models', *rows, '--seeds', '0', '0']
     recipe = yaml.safe_load(Path('train_recipes/cifar10.yaml').read_text())
     taken = Run(ROWS[0], 'cifar10', 'papers', 0, 'resident', recipe, {'train': 20, 'validation': 10})
+    step = Network.step
+
+    def killed(network):
+        if network.done == 1:
+            raise KeyboardInterrupt
+        step(network)
+
     with locked(Path('runs', taken.name), seconds=0):
+        with monkeypatch.context() as patch:
+            patch.setattr(reproduce.resident, 'SAVE_SECONDS', 0)
+            patch.setattr(Network, 'step', killed)
+            assert main(command) == 130
         assert main(command) == 1
     captured = capsys.readouterr()
     assert '1 of 2 runs are not done' in captured.err and 'in use by another process' in captured.err
+    assert f'{rows[1]}, seed 0: goes on after update 1' in captured.out
     assert main(command) == 0
     assert '1 of 2 runs were done before' in capsys.readouterr().out
     known = read_results(Path('results', 'cifar10.csv'))
     assert [(result['model'], result['arguments']) for result in known] == [(rows[0], ''), tuple(rows[1].split())]
     assert known[0]['parameters'] == '272474' and known[0]['images'] == '10' and known[0]['torch'] == torch.__version__
-    assert [reproduce.epochs_done(path) for path in Path('runs').glob('*/last.pth.tar')] == [2, 2]
     assert known[1]['options'].startswith('--config train_recipes/cifar10.yaml --model regnet_reg_resnet20_convlstm')
     assert main(command) == 0 and '2 of 2 runs were done before' in capsys.readouterr().out
 
