@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from ..errors import UserError, reason
-from ..weights.files import check_writable, hidden
+from ..weights.files import check_writable
 
 DATASETS = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
 SIZE, BORDER = 32, 4
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
     # a folder that is there stays and is filled: a mount point, or somebody's working directory
     target = folder / 'train' if exists else folder
     check_writable(target, folder=True)
-    partial = hidden(target)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.new")
     if args.source is not None:
         files = {split: _files(Path(args.source), split, args.dataset) for split in SPLITS}
         classes = {split: {file.parent.name for file in files[split]} for split in SPLITS}
