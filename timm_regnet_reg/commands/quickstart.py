@@ -18,7 +18,6 @@ import torch.nn as nn
 from PIL import Image
 from timm.data import create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
 
 from ..arguments import DEFAULT_MODEL
@@ -36,7 +35,6 @@ HELD_OUT = 360  # of 1,797 images
 BATCH_SIZE = 32
 LEARNING_RATE = 0.003
 SEED = 0
-STEPS = 5
 INSTALL = 'pip install "timm-regnet-reg[quickstart]"'
 
 
@@ -80,40 +78,33 @@ def _load_samples() -> Tuple[Image.Image, Digits, Digits]:
 
 def _fine_tune(model: nn.Module, loader, epochs: int) -> None:
     optimizer = create_optimizer_v2(model, opt='adamw', lr=LEARNING_RATE, weight_decay=0.05)
-    scheduler, epochs = create_scheduler_v2(
-        optimizer,
-        sched='cosine',
-        num_epochs=epochs,
-        step_on_epochs=False,
-        updates_per_epoch=len(loader),
-    )
-    updates = 0
+    updates = epochs * len(loader)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     model.train()
-    with tqdm(total=epochs * len(loader), desc='fine-tuning', unit='batch') as progress:
+    with tqdm(total=updates, desc='fine-tuning', unit='batch') as progress:
         for _ in range(epochs):
             for images, labels in loader:
                 loss = nn.functional.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                updates += 1
-                scheduler.step_update(updates)
+                scheduler.step()
                 progress.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
                 progress.update()
 
 
 def _logits(model: nn.Module, loader) -> torch.Tensor:
     """The outputs (number of images, 10); the same input and weights give the same bits on the CPU."""
-    model.eval()
     with torch.inference_mode():
-        return torch.cat([model(images) for images, _ in loader])
+        return torch.cat([model.eval()(images) for images, _ in loader])
+
+
+def _say(step: int, headline: str, *lines: str) -> None:
+    print(f'\n{step}/5  {headline}', *lines, sep='\n', flush=True)
 
 
 def quickstart(
-    output: Path,
-    model_name: str = DEFAULT_MODEL,
-    epochs: int = EPOCHS,
-    max_images: Optional[int] = None,
+    output: Path, model_name: str = DEFAULT_MODEL, epochs: int = EPOCHS, max_images: Optional[int] = None
 ) -> Path:
     """The tour.
 
@@ -131,28 +122,22 @@ def quickstart(
         RuntimeError: The network that was loaded back is another one than was saved.
     """
     start = time.perf_counter()
-    step = 0
-
-    def say(headline: str, *lines: str) -> None:
-        nonlocal step
-        step += 1
-        print(f'\n{step}/{STEPS}  {headline}', *lines, sep='\n', flush=True)
-
     photograph, train_set, held_out_set = _load_samples()
-    if max_images is not None:
-        train_set.images = train_set.images[:max_images]
+    train_set.images = train_set.images[:max_images]
 
     model = load_model(model_name)
-    architecture = model.pretrained_cfg['architecture']
+    cfg = model.pretrained_cfg
     data_config = resolve_data_config(model=model)
-    name = f'{architecture}.{TAG}'
+    name = f'{cfg["architecture"]}.{TAG}'
     check_replaceable(Path(output, name))
-    say(
-        f'Load {architecture}, a ResNet-20 regulated by a ConvLSTM, trained on CIFAR-10',
+    _say(
+        1,
+        f'Load {cfg["architecture"]}, a ResNet-20 regulated by a ConvLSTM, trained on CIFAR-10',
         f'{sum(p.numel() for p in model.parameters()):,} parameters. The weights came with the package.',
     )
 
-    say(
+    _say(
+        2,
         f'Classify a photograph: {PHOTOGRAPH} of scikit-learn, a flower',
         prediction_lines(predict(model, [photograph], topk=3)[0]),
         'This is no verdict on the photograph. The network sees it at 32x32 pixels and has to choose among the ten',
@@ -162,26 +147,18 @@ def quickstart(
 
     torch.manual_seed(SEED)
     model.reset_classifier(len(Digits.label_names))
-    common = dict(
-        input_size=data_config['input_size'],
-        batch_size=BATCH_SIZE,
-        interpolation=data_config['interpolation'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=0,  # these images are prepared faster than worker processes start
-        persistent_workers=False,
-        use_prefetcher=False,
-        device=torch.device('cpu'),
-    )
+    # these images are prepared faster than worker processes start
+    common = dict(**data_config, batch_size=BATCH_SIZE, num_workers=0, persistent_workers=False, use_prefetcher=False)
+    common['device'] = torch.device('cpu')
     # moved and scaled a little, but never mirrored: a mirrored digit is no digit
-    train_loader = create_loader(
-        train_set, **common, is_training=True, scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None
-    )
-    held_out = create_loader(held_out_set, **common, crop_pct=data_config['crop_pct'])
-    say(
+    augmentation = dict(scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None)
+    train_loader = create_loader(train_set, **common, **augmentation, is_training=True)
+    held_out = create_loader(held_out_set, **common)
+    _say(
+        3,
         f'Fine-tune on {len(train_set):,} handwritten digits of scikit-learn, 8x8 pixels enlarged to 32x32',
         "A new classifier for ten digits replaces the old one, then all weights train with timm's loader, AdamW",
-        f'and cosine schedule: {epochs} {"epoch" if epochs == 1 else "epochs"} of {len(train_loader)} batches.',
+        f'and a cosine schedule: {epochs} {"epoch" if epochs == 1 else "epochs"} of {len(train_loader)} batches.',
     )
     before = score_loader(model, held_out, Digits.label_names, desc='scoring before')
     _fine_tune(model, train_loader, epochs)
@@ -192,32 +169,28 @@ def quickstart(
     )
 
     expected = _logits(model, held_out)
-    license = model.pretrained_cfg.get('license') or 'unknown'
+    license = cfg.get('license') or 'unknown'
+    details = {
+        'Started from': f'{cfg["architecture"]}.{cfg["tag"]}',
+        'Recipe': f'quickstart, AdamW with learning rate {LEARNING_RATE}, cosine schedule',
+        'Epochs': epochs,
+        'Seed': SEED,
+        'Images trained on': f'{len(train_set):,}',
+    }
+    data = f"{after.images} held-out images of scikit-learn's handwritten digits"
     # what the config says of the CIFAR-10 weights isn't true of these
-    model.pretrained_cfg.update(label_names=None, label_descriptions=None, description=None)
+    cfg.update(label_names=None, label_descriptions=None, description=None)
     folder = save_folder(
         model,
         Path(output, name),
         tag=TAG,
-        card=model_card(
-            name,
-            after,
-            f"{after.images} held-out images of scikit-learn's handwritten digits",
-            license,
-            {
-                'Started from': '{architecture}.{tag}'.format(**model.pretrained_cfg),
-                'Recipe': f'quickstart, AdamW with learning rate {LEARNING_RATE}, cosine schedule',
-                'Epochs': epochs,
-                'Seed': SEED,
-                'Images trained on': f'{len(train_set):,}',
-            },
-            '`regnet-reg quickstart`',
-        ),
+        card=model_card(name, after, data, license, details, '`regnet-reg quickstart`'),
         label_names=Digits.label_names,
         license=license,
         data_config=data_config,
     )
-    say(
+    _say(
+        4,
         f'Save it: {folder}',
         'config.json, model.safetensors and README.md, the model card: what timm loads and the Hugging Face Hub holds.',
     )
@@ -229,7 +202,8 @@ def quickstart(
             f'The network loaded from {folder} is not the one that was saved: on the held-out images its outputs '
             f'differ by up to {difference}, expected 0.'
         )
-    say(
+    _say(
+        5,
         "Load it back: timm.create_model('local-dir:…', pretrained=True)",
         f'On all {len(expected)} held-out images the outputs are the same, bit for bit.',
         f'\nDone in {time.perf_counter() - start:.0f} s.',

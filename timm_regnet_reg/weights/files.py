@@ -81,7 +81,7 @@ def replacing(path, folder: bool = False) -> Iterator[Path]:
 def locked(path, seconds: float) -> Iterator[None]:
     """Holds the lock of a file or folder, a file `.{name}.lock` beside it, while the block runs.
 
-    Where the system has no locks, the file's existence is the lock, and after a crash it may have to be removed by hand.
+    Where the system has no locks, the file's existence is the lock, which may have to be removed by hand after a crash.
 
     Raises:
         UserError: Another process holds it for longer than these seconds, or nothing can be written there.

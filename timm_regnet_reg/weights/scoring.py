@@ -1,13 +1,14 @@
-"""Accuracy on folders of images, and what must be right before it is measured."""
+"""Reading images, and accuracy on folders of them."""
 
 import os
+from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
-from PIL import Image
-from timm.data import ImageDataset, create_loader, create_transform
+from PIL import Image, ImageOps
+from timm.data import ImageDataset, create_loader
 from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.utils import AverageMeter, accuracy
+from timm.task.evaluator import ClassificationEvaluator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -19,14 +20,12 @@ __all__ = [
     'check_device',
     'check_finite',
     'check_same_classes',
-    'convert',
+    'image_mode',
+    'read_image',
     'score',
     'score_loader',
-    'try_image',
+    'split_folder',
 ]
-
-LARGEST_SIDE = 4096  # pixels
-SMALLEST_CROP = 0.1  # of the image's sides
 
 
 class Score(NamedTuple):
@@ -48,7 +47,7 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ('cpu', 'cuda') or device.type == 'cpu' and device.index:
+    if device is None or device.type not in ('cpu', 'cuda') or (device.type == 'cpu' and device.index):
         raise UserError(f'--device {name}: expected cpu, cuda or cuda:N')
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f'--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; --device cpu works')
@@ -64,17 +63,57 @@ def check_finite(logits: torch.Tensor, source) -> None:
         )
 
 
-def convert(image: Image.Image, mode: str) -> Image.Image:
-    """An image in mode 'L' or 'RGB', with grey of 16 bits scaled, which Pillow clips and thereby turns white.
+def image_mode(data_config: Dict[str, Any]) -> str:
+    """Pillow's mode of the images that a network takes: 'L' for one channel, 'RGB' for three.
 
     Raises:
-        ValueError: The range of its values isn't known.
+        ValueError: It takes another number.
     """
-    if image.mode.startswith('I;16'):
-        image = image.convert('I').point(lambda value: value * (1 / 257) + 0.5).convert('L')
-    elif image.mode in ('I', 'F'):
-        raise ValueError('it has 32 bits a pixel, and what is white is not known; save it with 8 or 16')
-    return image.convert(mode)
+    channels = data_config['input_size'][0]
+    if channels not in (1, 3):
+        raise ValueError(f'it takes {channels} channels, and images have 1 or 3')
+    return 'L' if channels == 1 else 'RGB'
+
+
+def read_image(path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
+    """An image with 8 bits a channel.
+
+    Args:
+        mode: 'L' or 'RGB'.
+        upright: Turn it the way its EXIF data says. timm's data sets, for training and for scoring, don't.
+
+    Raises:
+        UserError: It isn't an image, or is damaged, or has grey values of unknown range.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened) if upright else opened
+            if image.mode.startswith('I;16'):  # which Pillow would clip, so that grey became white
+                image = image.convert('I').point(lambda value: value * (1 / 257) + 0.5).convert('L')
+            elif image.mode in ('I', 'F'):
+                raise ValueError('it has 32 bits a pixel, and what is white is not known; save it with 8 or 16')
+            return image.convert(mode)
+    except Exception as error:  # decoders raise whatever they stumble over in a damaged file
+        raise UserError(
+            f'{path}: cannot be read as an image ({reason(error)}); get it again, or leave it out'
+        ) from error
+
+
+def split_folder(data_dir, split: str) -> Path:
+    """The folder of a split of the data.
+
+    Raises:
+        UserError: There is no such folder, or it is all of the data, training images included.
+    """
+    root = Path(data_dir, split)
+    if not os.path.isdir(root):
+        raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
+    if root.samefile(data_dir):
+        raise UserError(
+            f'--split {split!r}: is all of {data_dir}, training images included; give the folder in it, such as '
+            'validation'
+        )
+    return root
 
 
 class ImageFolder(ImageDataset):
@@ -93,14 +132,13 @@ class ImageFolder(ImageDataset):
         if not os.path.isdir(root):
             raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
         try:
-            super().__init__(str(root), input_img_mode=_mode(data_config), transform=transform)
+            super().__init__(str(root), input_img_mode=image_mode(data_config), transform=transform)
         except RuntimeError as error:
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
         self.label_names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
         folders = sorted({os.path.dirname(name) for name in self.filenames(absolute=True)})
-        if len(folders) > len(self.label_names):
-            names = [os.path.basename(folder) for folder in folders]
-            twice = [folder for folder, name in zip(folders, names) if names.count(name) > 1]
+        names = [os.path.basename(folder) for folder in folders]
+        if twice := [folder for folder, name in zip(folders, names) if names.count(name) > 1]:
             raise UserError(
                 f'{root}: holds a class twice ({", ".join(twice[:2])}, …), which would be taken together; expected '
                 f'{root}/<class>/<image>'
@@ -112,15 +150,8 @@ class ImageFolder(ImageDataset):
             )
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
-        try:
-            file, label = self.reader[index]
-            with file, Image.open(file) as opened:
-                image = convert(opened, self.input_img_mode)
-        except Exception as error:  # decoders raise whatever they stumble over in a damaged file
-            name = self.filename(index, absolute=True)
-            raise UserError(
-                f'{name}: cannot be read as an image ({reason(error)}); get it again, or move it away'
-            ) from error
+        path, label = self.reader.samples[index]
+        image = read_image(path, self.input_img_mode, upright=False)
         return self.transform(image) if self.transform else image, label
 
 
@@ -145,34 +176,6 @@ def check_same_classes(images: ImageFolder, training_root) -> None:
         )
 
 
-def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> torch.Tensor:
-    """Logits (1, num_classes) of one image, made up and prepared for the model, on the CPU and in evaluation mode.
-
-    Raises:
-        UserError: It can't be prepared or classified, or the logits aren't finite. `source` is the file to name.
-    """
-    try:
-        # before an image is made of a size that no memory holds
-        if max(data_config['input_size'][1:]) > LARGEST_SIDE or not data_config['crop_pct'] >= SMALLEST_CROP:
-            raise ValueError(f'sides up to {LARGEST_SIDE} and a crop_pct from {SMALLEST_CROP} on are expected')
-        image = Image.linear_gradient('L').convert(_mode(data_config))
-        with torch.inference_mode():
-            logits = model(create_transform(**data_config)(image)[None])
-        if logits.shape != (1, model.num_classes):
-            raise ValueError(f'its outputs are of shape {tuple(logits.shape)}')
-    except Exception as error:  # transforms and networks raise whatever they stumble over
-        raise UserError(
-            f'{source}: an image cannot be prepared and classified as it says ({reason(error)}), with {data_config}; '
-            'correct that, or get it again'
-        ) from error
-    check_finite(logits, source)
-    return logits
-
-
-def _mode(data_config: Dict[str, Any]) -> str:
-    return 'L' if data_config['input_size'][0] == 1 else 'RGB'
-
-
 def score(
     model: torch.nn.Module,
     images: ImageFolder,
@@ -190,7 +193,7 @@ def score(
         desc: Label of the progress bar.
 
     Raises:
-        UserError: An image can't be read, or the outputs are not finite or not one for each class.
+        UserError: An image can't be read, or the outputs are not finite.
     """
     loader = create_loader(
         images, **data_config, batch_size=batch_size, num_workers=workers, use_prefetcher=False, device=device
@@ -206,24 +209,18 @@ def score_loader(
     desc: str = 'scoring',
 ) -> Score:
     """As `score`, on the batches (images, labels) of a loader."""
-    top1, top5 = AverageMeter(), AverageMeter()
+    evaluator = ClassificationEvaluator(device)
     model.to(device).eval()
     try:
         # closed in any case, so that an error starts on a line of its own
         with torch.inference_mode(), tqdm(loader, desc=desc, unit='batch') as batches:
             for batch, labels in batches:
                 logits = model(batch.to(device))
-                if logits.shape != (len(batch), len(label_names)):
-                    raise UserError(
-                        f'{desc}: the network gives {tuple(logits.shape[1:])} outputs an image for {len(label_names)} '
-                        'classes; give the data that it was trained on'
-                    )
                 check_finite(logits, desc)
-                acc1, acc5 = accuracy(logits, labels.to(device), topk=(1, 5))
-                top1.update(acc1.item(), len(batch))
-                top5.update(acc5.item(), len(batch))
+                evaluator.update(logits, labels.to(device))
     except UserError as error:
         # one of a worker process arrives with its traceback for a message
         raise UserError(str(error).rpartition(f'{UserError.__name__}: ')[2].strip()) from error
     model.cpu()
-    return Score(round(top1.avg, 3), round(top5.avg, 3), top1.count, label_names)
+    metrics = evaluator.compute()
+    return Score(round(metrics['top1'], 3), round(metrics['top5'], 3), evaluator.num_samples, label_names)
