@@ -238,7 +238,6 @@ def _negative_variance(weights):
         (dict(config=_set(model_args={'num_classes': 5})), 'of classes'),
         (dict(config=_set(label_names=['a', 'b'])), 'contradicts itself on the number of classes'),
         (dict(config=_set(label_names=[['a'], 'b', 'c'])), 'are not the names of its 3 classes'),
-        (dict(config=_set(label_names='abc')), 'are not the names of its 3 classes'),
         (dict(config=_set(label_names={'3': 'd'})), 'are not the names of its 3 classes'),
         (dict(config=_set(label_names={'a': 'd'})), 'are not the names of its 3 classes'),
         (dict(config=_set(label_names=7)), 'are not the names of its 3 classes'),

@@ -93,25 +93,32 @@ def test_wrong_usage_exits_with_2(args, in_process, capsys):
     assert 'usage: regnet-reg' in capsys.readouterr().err
 
 
+# the frame alone, without the seconds that torch and timm take to import
+STUB = """\
+import os, signal, sys, time, types
+sys.modules['torch'] = types.SimpleNamespace(OutOfMemoryError=MemoryError, get_num_threads=lambda: 2)
+sys.modules['timm_regnet_reg'] = types.ModuleType('timm_regnet_reg')
+vars(sys.modules['timm_regnet_reg']).update(__path__=[{path!r}], __version__='0')
+from timm_regnet_reg import commands
+from timm_regnet_reg.errors import UserError
+def main(args):
+    {body}
+command = types.SimpleNamespace(__doc__='A stub.', add_arguments=lambda parser: None, main=main)
+sys.modules['timm_regnet_reg.commands.quickstart'], commands.COMMANDS = command, ('quickstart',)
+from timm_regnet_reg import __main__
+sys.exit(__main__.main())
+"""
+
+
 @pytest.fixture
 def process(script):
-    """Runs `body` as the command `table` in a process of its own, by a shell line with {command} in it."""
+    """Runs `body` as the command `quickstart` in a process of its own, by a shell line with {command} in it."""
 
     def run(body, line='{command}', **env):
-        path = script(
-            'import os, signal, sys, time, types\n'
-            'from timm_regnet_reg import __main__\n'
-            'from timm_regnet_reg.errors import UserError\n'
-            'def main(args):\n'
-            f'    {body}\n'
-            'sys.modules["timm_regnet_reg.commands.table"] = types.SimpleNamespace(main=main)\n'
-            '__main__.register = lambda: None  # nothing here needs the models\n'
-            'sys.exit(__main__.main())\n',
-            name='regnet-reg',
-        )
+        path = script(STUB.format(path=str(ROOT / 'timm_regnet_reg'), body=body), name='regnet-reg')
         return subprocess.run(
-            ['bash', '-c', 'set -o pipefail; ' + line.format(command=f'{sys.executable} {path} table')],
-            env={**os.environ, 'PYTHONPATH': str(ROOT), **env},
+            ['bash', '-c', 'set -o pipefail; ' + line.format(command=f'{sys.executable} {path} quickstart')],
+            env={key: value for key, value in os.environ.items() if not key.startswith(('OMP_', 'GOMP_'))} | env,
             capture_output=True,
             text=True,
         )
@@ -167,6 +174,20 @@ def test_hangup_is_ignored_under_nohup(process):
     assert (result.returncode, result.stdout) == (0, 'goes on\n')
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='the OpenMP of torch on Linux alone waits in that way')
+@pytest.mark.parametrize(
+    'env, expected',
+    [
+        ({}, 'passive None'),
+        ({'OMP_WAIT_POLICY': 'active'}, 'active None'),
+        ({'GOMP_SPINCOUNT': '1000'}, 'None 1000'),
+    ],
+)
+def test_threads_that_wait_leave_the_cores_to_others_unless_the_user_says_otherwise(env, expected, process):
+    result = process('print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))', **env)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f'{expected}\n', '')
+
+
 # The package
 
 
@@ -178,7 +199,7 @@ def test_import_warns_of_a_timm_that_is_too_old(version, warned, monkeypatch):
     monkeypatch.setattr(timm, '__version__', version)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        timm_regnet_reg.register()
+        importlib.reload(timm_regnet_reg)
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == warned
     assert all(message.startswith(f'timm {version} was imported, from ') for message in messages)

@@ -63,14 +63,15 @@ def _spare_the_cores(args: argparse.Namespace) -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _flush() -> Optional[OSError]:
-    """Writes out what was printed; if that fails, drops it, as python would try again at exit, and says why."""
+def _flush(text: str = '') -> Optional[OSError]:
+    """Writes out what was printed, and `text`; if that fails, drops it, as python would try again, and says why."""
     failure = None
     for stream in (sys.stdout, sys.stderr):
         try:
+            stream.write(text)
             stream.flush()
         except OSError as error:
-            failure = error
+            failure, text = error, ''
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return failure
 
@@ -111,8 +112,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError:
-        failure = _flush()
-        if failure is None:  # it was not the output's
+        failure = _flush('\n')  # nothing may be left to write: does anything go through?
+        if failure is None:
             raise
     except (MemoryError, RuntimeError) as error:  # the last is how the CPU's allocator signs
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and 'DefaultCPUAllocator' not in str(error):
