@@ -165,6 +165,12 @@ def regulate(
     return torch.relu(batch_norm(within(sd, 'regulator_bn'), H, training)), C
 
 
+def fusion(sd: StateDict, X: Tensor, H: Tensor) -> Tensor:
+    """conv1x1([X, H]); the kernel's parts for X and for H have names of their own."""
+    weight = torch.cat([sd['fusion_conv_x.weight'], sd['fusion_conv_h.weight']], dim=1)
+    return conv(torch.cat([X, H], dim=1), weight)
+
+
 def basic_block(
     sd: StateDict,
     X1: Tensor,
@@ -185,7 +191,7 @@ def basic_block(
         X3 = X2
     else:
         H, C = regulate(sd, kind, cell_params, X2, H, C, training)
-        X3 = conv(torch.cat([X2, H], dim=1), sd['fusion_conv.weight'])
+        X3 = fusion(sd, X2, H)
         X3 = torch.relu(batch_norm(within(sd, 'fusion_bn'), X3, training))
     X4 = batch_norm(within(sd, 'bn2'), conv(X3, sd['conv2.weight'], 1, dilation), training)
     X4 = squeeze_excite(sd, X4)
@@ -213,7 +219,7 @@ def bottleneck(
         X4 = X3
     else:
         H, C = regulate(sd, kind, cell_params, X2 if stride == 1 else average_pool(X2), H, C, training)
-        X4 = conv(torch.cat([X3, H], dim=1), sd['fusion_conv.weight'])
+        X4 = fusion(sd, X3, H)
         X4 = torch.relu(batch_norm(within(sd, 'fusion_bn'), X4, training))
     X5 = batch_norm(within(sd, 'bn3'), conv(X4, sd['conv3.weight']), training)
     X5 = squeeze_excite(sd, X5)

@@ -5,12 +5,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from reference import cell as reference_cell
+from timm_regnet_reg.support import measuring, rivals
 from tqdm import tqdm
 
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.cells import ConvRNN
 from timm_regnet_reg.commands import bench
-from timm_regnet_reg.support import measuring, rivals
 
 MODELS = ['plain', 'convrnn', 'convgru', 'convlstm', 'naive convlstm', 'dense convrnn']
 CPU = torch.device('cpu')

@@ -12,6 +12,7 @@ import torch
 from conftest import CLASSES, MODEL
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm_regnet_reg.support import inference
 
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError

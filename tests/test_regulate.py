@@ -60,7 +60,7 @@ def backbone(kind, **kwargs):
 
 
 def images(model, batch=2):
-    size = 64 if hasattr(model, 'layer4') else 32
+    size = 32 if model.pretrained_cfg['input_size'][-1] == 32 else 64
     return torch.randn(batch, model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -86,7 +86,7 @@ def test_outputs_are_unchanged_and_so_is_the_given_network(kind, cell):
     x = images(model)
     regulated = regulate(model, cell)
     assert isinstance(regulated, RegulatedResNet)
-    assert all(isinstance(stage, RegulatedStage) for stage in regulated._stages())
+    assert all(isinstance(stage, RegulatedStage) for stage in regulated.stages())
     with torch.no_grad():
         assert difference(regulated(x), model(x)) < 1e-4
     weights = regulated.state_dict()
@@ -132,17 +132,17 @@ def test_an_untrained_network_starts_as_its_backbone(name, plain, kwargs, again)
         assert difference(model.eval()(x), plain.eval()(x)) < 1e-4
         in_training = difference(model.train()(x), plain.train()(x))  # batch statistics are not quite what is expected
         assert in_training < 0.15
-        for block in (block for stage in model._stages() for block in stage):
-            block.fusion_conv.weight.normal_()
+        for block in (block for stage in model.stages() for block in stage):
+            block.fusion_conv_x.weight.normal_()
         assert difference(model(x), plain(x)) > 3 * in_training, 'the fusion makes no difference'
 
 
 @pytest.mark.parametrize('kwargs', [dict(act_layer='silu'), dict(norm_layer='groupnorm1')])
 def test_an_untrained_network_of_other_layers_starts_with_the_kernel_alone(kwargs):
     block = timm.create_model('regnet_reg_resnet18_convgru', **TINY, **kwargs).layer1[0]
-    W = block.fusion_conv.weight[:, :, 0, 0]
-    torch.testing.assert_close(W, torch.eye(16, 32), rtol=0, atol=1e-5)
-    assert W[:, 16:].any(), 'no gradient would reach the cell'
+    W_x, W_h = block.fusion_conv_x.weight[:, :, 0, 0], block.fusion_conv_h.weight
+    assert torch.equal(W_x, torch.eye(16))
+    assert 0 < W_h.abs().max() < 1e-5, 'H counts from the start, or no gradient would reach the cell'
     assert (block.fusion_bn.weight == 1).all() and not block.fusion_bn.bias.any()
 
 
@@ -154,7 +154,7 @@ def test_an_untrained_network_of_other_layers_starts_with_the_kernel_alone(kwarg
 def test_gradients_reach_every_regulator_from_the_first_step(kind, cell):
     regulated = regulate(backbone(kind), cell).train()
     regulated(images(regulated, 8)).square().mean().backward()
-    depths = {f'layer{i}': len(stage) for i, stage in enumerate(regulated._stages(), start=1)}
+    depths = {f'layer{i}': len(stage) for i, stage in enumerate(regulated.stages(), start=1)}
     for name, p in regulated.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
         if 'regulator' not in name and 'fusion' not in name:
@@ -182,41 +182,7 @@ def test_regulators_learn():
     for name, by in moved.items():
         if '.regulator.' in name or '.fusion_conv' in name:
             assert by > 1e-7, name
-    W = model.layer1[0].fusion_conv.weight
-    assert W[:, 16:].abs().max() > 1e-4, 'the state has no influence yet'
-
-
-def learnable(model, steps, batch=128):
-    """Train a network for classes of noisy blots; gives back a function that makes batches."""
-    generator = torch.Generator().manual_seed(0)
-    blots = F.interpolate(torch.randn(10, 3, 4, 4, generator=generator), 32, mode='bicubic')
-
-    def make():
-        y = torch.randint(10, (batch,), generator=generator)
-        return blots[y] + 0.7 * torch.randn(batch, 3, 32, 32, generator=generator), y
-
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        x, y = make()
-        F.cross_entropy(model(x[:32]), y[:32]).backward()
-        optimizer.step()
-    return make
-
-
-def test_training_goes_on_where_the_backbone_left_off():
-    torch.manual_seed(0)
-    model = timm.create_model('cifar_resnet20')
-    make = learnable(model, 25)
-    with torch.no_grad():
-        x, y = make()
-        untrained = F.cross_entropy(timm.create_model('cifar_resnet20').train()(x), y)
-        plain = F.cross_entropy(copy.deepcopy(model)(x), y).item()
-        assert plain < 0.8 * untrained, 'the network has learned nothing'
-        for cell in CELLS:
-            regulated = F.cross_entropy(regulate(model, cell)(x), y).item()
-            assert regulated == pytest.approx(plain, rel=0.15), cell
+    assert model.layer1[0].fusion_conv_h.weight.abs().max() > 1e-4, 'the state has no influence yet'
 
 
 def test_fusion_starts_with_the_statistics_of_what_it_normalizes():
@@ -229,21 +195,6 @@ def test_fusion_starts_with_the_statistics_of_what_it_normalizes():
         torch.testing.assert_close(fusion_bn.running_mean.double(), X.mean(0), rtol=0.02, atol=0.01)
         torch.testing.assert_close(fusion_bn.running_var.double(), X.var(0), rtol=0.02, atol=0.01)
         assert fusion_bn.running_mean.std() > 0.05, 'the comparison is empty'
-
-
-@pytest.mark.parametrize('kind', ['cifar', 'basic', 'd'])
-def test_batch_statistics_move_the_outputs_far_less_than_with_a_unit_batch_norm(kind):
-    model = backbone(kind).train()
-    regulated = regulate(model)
-    unit = copy.deepcopy(regulated)
-    for name, m in unit.named_modules():
-        if name.endswith('fusion_bn'):
-            nn.init.ones_(m.weight)
-            nn.init.zeros_(m.bias)
-    x = images(model, 32)
-    with torch.no_grad():
-        expected = copy.deepcopy(model)(x)
-        assert difference(regulated(x), expected) < difference(unit(x), expected) / 4
 
 
 # What is kept
@@ -325,7 +276,7 @@ def test_grad_checkpointing_is_kept(stages):
 def test_only_the_stages_asked_for(kind, stages, found):
     model = backbone(kind)
     regulated = regulate(model, stages=stages)
-    assert [i for i, stage in enumerate(regulated._stages(), start=1) if isinstance(stage, RegulatedStage)] == found
+    assert [i for i, stage in enumerate(regulated.stages(), start=1) if isinstance(stage, RegulatedStage)] == found
     x = images(model)
     with torch.no_grad():
         assert difference(regulated(x), model(x)) < 1e-4

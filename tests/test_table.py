@@ -10,8 +10,8 @@ import torch
 import torchvision
 
 from timm_regnet_reg.commands import table
-from timm_regnet_reg.regnet_reg import BACKBONES, CIFAR_BACKBONES
 from timm_regnet_reg.papers.flops import count
+from timm_regnet_reg.regnet_reg import BACKBONES, CIFAR_BACKBONES
 
 README = Path(__file__).resolve().parents[1] / 'README.md'
 

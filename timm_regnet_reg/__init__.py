@@ -24,4 +24,4 @@ if Version(timm.__version__) < Version(OLDEST_TIMM):
     )
 
 from . import regnet_reg as regnet_reg  # noqa: E402
-from .networks import regulate  # noqa: E402
+from .regulate import regulate  # noqa: E402

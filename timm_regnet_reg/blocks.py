@@ -1,66 +1,36 @@
 """Regulated residual blocks, and the stage that runs them as the time steps of one regulator cell.
 
-A regulated block is timm's own block with three layers more, so its plain part keeps timm's state dict.
+A regulated block is timm's own block with some layers more, so its plain part keeps timm's state dict.
 
 Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXiv 2101.00590).
 """
 
 import copy
 import math
-from typing import Callable, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Optional, Type
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models import checkpoint
+from timm.models import checkpoint, checkpoint_seq
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
-from .cells import FoldedCell, RegulatorCell
-from .equations import fusion
+from .cells import RegulatorCell, reparameterize_cell
+from .equations import Kernels
 
 __all__ = [
-    'Fusion',
     'PlainStage',
+    'REGULATED_BLOCKS',
     'RegulatedBasicBlock',
     'RegulatedBottleneck',
     'RegulatedStage',
     'ZeroPadShortcut',
     'ZeroShortcut',
     'can_undo_itself',
-    'fold_batch_norms',
-    'regulate_block',
+    'fuse_batch_norms',
+    'split_fusions',
 ]
-
-BlockOutput = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
-
-
-class Fusion(nn.Module):
-    """conv1x1([X, H]) without the concatenation: the sum of a 1x1 convolution of X and one of H.
-
-    Not an nn.Conv2d, which takes one input: whoever looks for those by type would call it as one.
-    """
-
-    def __init__(self, X_channels: int, H_channels: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(X_channels, X_channels + H_channels, 1, 1, device=device, dtype=dtype))
-        self.register_parameter('bias', None)  # a folded batch norm's will come here
-        self.reset_parameters()
-
-    @torch.jit.ignore
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The kernel `[I, 0]`, which gives back X, whatever H is.
-
-        In place of the zeros stands noise as small as a rounding error, so that a gradient reaches the cell at once.
-        """
-        N_X = self.weight.shape[0]
-        nn.init.eye_(self.weight[:, :N_X, 0, 0])
-        self.weight[:, N_X:].normal_(std=torch.finfo(self.weight.dtype).eps)
-
-    def forward(self, X: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
-        """X (B, N_X, height, width) and H (B, N_H, height, width) to (B, N_X, height, width)."""
-        return fusion(X, H, self.weight, self.bias)
 
 
 class ZeroPadShortcut(nn.Module):
@@ -92,19 +62,72 @@ def can_undo_itself(norm: nn.Module) -> bool:
     return type(norm) in BATCH_NORMS and norm.running_mean is not None and norm.weight is not None
 
 
+def split_fusions(state_dict: Dict[str, Any], prefix: str = '') -> None:
+    """Give fusions, in place, the names they have had since 0.3: until then X and H had one kernel, `fusion_conv`.
+
+    Args:
+        state_dict: Of a network, or of a part of it.
+        prefix: Only of the block of that name (with a dot at the end); '' is all blocks.
+    """
+    old = f'{prefix}fusion_conv.weight'
+    for key in [key for key in state_dict if key == old or not prefix and key.endswith('.fusion_conv.weight')]:
+        weight = state_dict.pop(key)
+        N_X = len(weight)
+        name = key.removesuffix('.weight')
+        state_dict[f'{name}_x.weight'] = weight[:, :N_X].contiguous()
+        state_dict[f'{name}_h.weight'] = weight[:, N_X:].contiguous()
+
+
 class _RegulatedBlock(nn.Module):
     """What the two regulated blocks have in common."""
+
+    __constants__ = ['is_last']
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        split_fusions(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def add_regulator(self, cell: Type[RegulatorCell], norm_layer: Callable[..., nn.Module], is_last: bool) -> None:
+        """What makes of a plain block a regulated one, which computes the same.
+
+        Args:
+            cell: Class of the stage's cell.
+            norm_layer: Makes a normalisation layer for a number of channels.
+            is_last: No block follows in the stage.
+        """
+        self.step = cell.step
+        self.is_last = is_last
+        X_conv = self.conv1 if isinstance(self, BasicBlock) else self.conv2  # makes what the fusion reads beside H
+        N_X, N_H = X_conv.out_channels, self.conv1.out_channels
+        dd = {'device': X_conv.weight.device, 'dtype': X_conv.weight.dtype}
+        self.regulator_bn = norm_layer(N_H, **dd)
+        self.regulator_act = copy.deepcopy(self.act1)
+        self.fusion_conv_x = nn.Conv2d(N_X, N_X, 1, bias=False, **dd)
+        self.fusion_conv_h = nn.Conv2d(N_H, N_X, 1, bias=False, **dd)
+        self.fusion_bn = norm_layer(N_X, **dd)
+        self.fusion_act = copy.deepcopy(self.act1)
+        if isinstance(self, Bottleneck):
+            # as the shortcut of a D variant pools: odd sizes match too
+            self.regulator_pool = (
+                nn.Identity()
+                if self.stride == 1
+                else nn.AvgPool2d(2, self.stride, ceil_mode=True, count_include_pad=False)
+            )
+        self.start_at_identity()
 
     @torch.jit.ignore
     @torch.no_grad()
     def start_at_identity(self) -> None:
         """Let the fusion give back its X: a regulated block starts as the plain block that it is made of.
 
-        The fusion's BN undoes itself. For evaluation any mean and variance would do; so that batch statistics leave X
-        as it is too, they are those of `X = ReLU(BN(·))`, which follow from that BN alone: its output is taken as
-        normal with mean β and deviation |γ|. With other activations and norms than these the kernel alone is set.
+        The kernel is `[I, 0]`. In place of the zeros stands noise as small as a rounding error, so that a gradient
+        reaches the cell at once. The fusion's BN undoes itself. For evaluation any mean and variance would do; so that
+        batch statistics leave X as it is too, they are those of `X = ReLU(BN(·))`, which follow from that BN alone: its
+        output is taken as normal with mean β and standard deviation |γ|. With other activations and norms than these
+        the kernel alone is set.
         """
-        self.fusion_conv.reset_parameters()
+        nn.init.dirac_(self.fusion_conv_x.weight)
+        nn.init.normal_(self.fusion_conv_h.weight, std=torch.finfo(self.fusion_conv_h.weight.dtype).eps)
         bn, fusion_bn = self.bn1 if isinstance(self, BasicBlock) else self.bn2, self.fusion_bn
         if not can_undo_itself(bn) or type(self.act1) is not nn.ReLU:
             return
@@ -132,13 +155,8 @@ class _RegulatedBlock(nn.Module):
 class RegulatedBasicBlock(_RegulatedBlock, BasicBlock):
     """timm's BasicBlock, regulated."""
 
-    def forward(
-        self,
-        X1: torch.Tensor,
-        W: List[torch.Tensor],
-        H: Optional[torch.Tensor] = None,
-        C: Optional[torch.Tensor] = None,
-    ) -> BlockOutput:
+    # what it returns is not annotated, as TorchScript would take the two for one type
+    def forward(self, X1: torch.Tensor, W: Kernels, H: Optional[torch.Tensor] = None, C: Optional[torch.Tensor] = None):
         """One time step of the stage's regulator.
 
         Args:
@@ -148,74 +166,43 @@ class RegulatedBasicBlock(_RegulatedBlock, BasicBlock):
             C: ConvLSTM's memory left by the block before, H's shape.
 
         Returns:
-            The block's output (B, C_out, height / stride, width / stride), H and C for the next block.
+            The block's output (B, C_out, height / stride, width / stride), H and C for the next block; of a stage's
+            last block the output alone.
         """
         X2 = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(X1)))))
         H, C = self.step(X2, H, C, W)
         H = self.regulator_act(self.regulator_bn(H))
-        X3 = self.fusion_act(self.fusion_bn(self.fusion_conv(X2, H)))
+        X3 = self.fusion_act(self.fusion_bn(self.fusion_conv_x(X2) + self.fusion_conv_h(H)))
         X4 = self.bn2(self.conv2(X3))
-        return self.act2(self.add_shortcut(X4, X1)), H, C
+        out = self.act2(self.add_shortcut(X4, X1))
+        if self.is_last:
+            return out
+        return out, H, C
 
 
 class RegulatedBottleneck(_RegulatedBlock, Bottleneck):
     """timm's Bottleneck, regulated. Where the 3x3 strides, the cell reads X2 average-pooled to X3's size."""
 
-    def forward(
-        self,
-        X1: torch.Tensor,
-        W: List[torch.Tensor],
-        H: Optional[torch.Tensor] = None,
-        C: Optional[torch.Tensor] = None,
-    ) -> BlockOutput:
+    def forward(self, X1: torch.Tensor, W: Kernels, H: Optional[torch.Tensor] = None, C: Optional[torch.Tensor] = None):
         """As RegulatedBasicBlock.forward."""
         X2 = self.act1(self.bn1(self.conv1(X1)))
         H, C = self.step(self.regulator_pool(X2), H, C, W)
         H = self.regulator_act(self.regulator_bn(H))
         X3 = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(X2)))))
-        X4 = self.fusion_act(self.fusion_bn(self.fusion_conv(X3, H)))
+        X4 = self.fusion_act(self.fusion_bn(self.fusion_conv_x(X3) + self.fusion_conv_h(H)))
         X5 = self.bn3(self.conv3(X4))
-        return self.act3(self.add_shortcut(X5, X1)), H, C
+        out = self.act3(self.add_shortcut(X5, X1))
+        if self.is_last:
+            return out
+        return out, H, C
 
 
-REGULATED_BLOCKS = {BasicBlock: RegulatedBasicBlock, Bottleneck: RegulatedBottleneck}
-
-
-def regulate_block(
-    block: nn.Module,
-    cell: Type[RegulatorCell],
-    norm_layer: Callable[..., nn.Module],
-) -> None:
-    """Turn a timm block into its regulated class, in place: it keeps its layers, gains new ones, and computes the same.
-
-    Args:
-        block: A BasicBlock or Bottleneck.
-        cell: Class of the stage's cell.
-        norm_layer: Makes a normalisation layer for a number of channels.
-    """
-    # what the block was made with is known to timm's builder alone, so that it can't be built anew as the subclass
-    block.__class__ = REGULATED_BLOCKS[type(block)]
-    X_conv = block.conv1 if isinstance(block, BasicBlock) else block.conv2  # makes what the fusion reads beside H
-    dd = {'device': X_conv.weight.device, 'dtype': X_conv.weight.dtype}
-    block.step = cell.step
-    block.regulator_bn = norm_layer(block.conv1.out_channels, **dd)
-    block.regulator_act = copy.deepcopy(block.act1)
-    block.fusion_conv = Fusion(X_conv.out_channels, block.conv1.out_channels, **dd)
-    block.fusion_bn = norm_layer(X_conv.out_channels, **dd)
-    block.fusion_act = copy.deepcopy(block.act1)
-    if isinstance(block, Bottleneck):
-        # as the shortcut of a D variant pools: odd sizes match too
-        block.regulator_pool = (
-            nn.Identity()
-            if block.stride == 1
-            else nn.AvgPool2d(2, block.stride, ceil_mode=True, count_include_pad=False)
-        )
-    block.start_at_identity()
+REGULATED_BLOCKS: Dict[type, type] = {BasicBlock: RegulatedBasicBlock, Bottleneck: RegulatedBottleneck}
 
 
 @torch.no_grad()
-def fold_batch_norms(module: nn.Module) -> None:
-    """Fold batch norms into the convolutions before them, in place; nn.Identity takes a folded one's place.
+def fuse_batch_norms(module: nn.Module) -> None:
+    """Fuse batch norms with the convolutions before them, in place; nn.Identity takes a fused one's place.
 
     Args:
         module: A block, stem, shortcut or whole network. Among its children, and within those that are an
@@ -224,39 +211,52 @@ def fold_batch_norms(module: nn.Module) -> None:
     before = None
     for name, child in list(module.named_children()):
         is_bn = type(child) in BATCH_NORMS and child.running_mean is not None
-        if is_bn and isinstance(before, (nn.Conv2d, Fusion)):
+        if is_bn and isinstance(before, nn.Conv2d):
+            if before is getattr(module, 'fusion_conv_h', None):  # the BN is of the sum; its shift goes with H's part
+                zero = torch.zeros_like(child.running_mean)
+                x_conv = module.fusion_conv_x
+                x_conv.weight, _ = fuse_conv_bn_weights(
+                    x_conv.weight, None, zero, child.running_var, child.eps, child.weight, zero
+                )
             before.weight, before.bias = fuse_conv_bn_weights(
                 before.weight, before.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias
             )
             setattr(module, name, nn.Identity())
         before = child
         if type(child) is nn.Sequential:
-            fold_batch_norms(child)
+            fuse_batch_norms(child)
             before = child[-1] if len(child) else None
 
 
 class _Stage(nn.Module):
-    """What regulated and plain stages have in common: `timm.utils.reparameterize_model` folds them for inference."""
+    """What regulated and plain stages have in common."""
 
-    folded = False
+    reparameterized = False
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.grad_checkpointing = False
 
     def reparameterize(self) -> None:
-        """Fold, in place, what is linear in evaluation mode; afterwards the stage is for inference alone."""
+        """Fuse, in place, what is linear in evaluation mode; afterwards the stage is for inference alone.
+
+        `timm.utils.reparameterize_model` calls this.
+        """
         for block in self:
-            fold_batch_norms(block)
-        self.folded = True
+            fuse_batch_norms(block)
+        self.reparameterized = True
         self.eval()
 
     def train(self, mode: bool = True) -> nn.Module:
         """As nn.Module.train.
 
         Raises:
-            RuntimeError: Training mode for a stage that has been folded.
+            RuntimeError: Training mode for a stage that has been reparameterised.
         """
-        if mode and self.folded:
+        if mode and self.reparameterized:
             raise RuntimeError(
                 'This network was reparameterised for inference, and trains no more: its batch norms and the separable '
-                'kernels of its regulators are folded. Train the network that it was made from.'
+                'kernels of its regulators are fused. Train the network that it was made from.'
             )
         return super().train(mode)
 
@@ -264,20 +264,23 @@ class _Stage(nn.Module):
 class PlainStage(_Stage, nn.Sequential):
     """A stage of timm's ResNet."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C_in, height, width) to (B, C_out, height / stride, width / stride)."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self, x)
+        for block in self:
+            x = block(x)
+        return x
+
 
 class RegulatedStage(_Stage):
-    """The blocks of a stage as the time steps of one regulator cell, whose state starts at zero.
+    """The blocks of a stage as the time steps of one regulator cell, whose state starts at zero and ends with it.
 
     Not an nn.Sequential, so that nothing takes it apart and runs its blocks without the state; indexing, length and
     iteration give its blocks all the same. The blocks are children '0', '1', … and the cell is child 'regulator'.
     """
 
-    def __init__(
-        self,
-        blocks: nn.Sequential,
-        cell: Type[RegulatorCell],
-        norm_layer: Callable[..., nn.Module],
-    ) -> None:
+    def __init__(self, blocks: nn.Sequential, cell: Type[RegulatorCell], norm_layer: Callable[..., nn.Module]) -> None:
         """
         Args:
             blocks: A stage of timm's ResNet; its blocks are reused.
@@ -285,12 +288,13 @@ class RegulatedStage(_Stage):
             norm_layer: Makes a normalisation layer for a number of channels.
         """
         super().__init__()
-        for name, block in blocks.named_children():
-            regulate_block(block, cell, norm_layer)
-            self.add_module(name, block)
+        for i, block in enumerate(blocks):
+            # what the block was made with is known to timm's builder alone, so that it can't be built anew
+            block.__class__ = REGULATED_BLOCKS[type(block)]
+            block.add_regulator(cell, norm_layer, is_last=i == len(blocks) - 1)
+            self.add_module(str(i), block)
         weight = blocks[0].conv1.weight
         self.regulator = cell(weight.shape[0], device=weight.device, dtype=weight.dtype)
-        self.grad_checkpointing = False
 
     def reparameterize(self) -> None:
         super().reparameterize()
@@ -301,8 +305,12 @@ class RegulatedStage(_Stage):
                 identity = nn.Conv2d(bn.num_features, bn.num_features, 1, groups=bn.num_features, bias=False)
                 nn.init.ones_(identity.weight)
                 block.regulator_bn = fuse_conv_bn_eval(identity.to(bn.running_mean).eval(), bn)
-        if isinstance(self.regulator, RegulatorCell):
-            self.regulator = FoldedCell(self.regulator)
+        if isinstance(getattr(self, 'regulator', None), RegulatorCell):
+            step = reparameterize_cell(self.regulator)
+            for block in self:
+                del block.step
+                block.step = step
+            del self.regulator
 
     @torch.jit.ignore
     def start_at_identity(self) -> None:
@@ -311,24 +319,30 @@ class RegulatedStage(_Stage):
             block.start_at_identity()
 
     def __len__(self) -> int:
-        return len(self._modules) - 1
+        return len(list(iter(self)))
 
     def __getitem__(self, index: int) -> nn.Module:
         return list(self)[index]
 
-    def __iter__(self):
-        return (m for name, m in self._modules.items() if name != 'regulator')
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (module for name, module in self._modules.items() if name != 'regulator')
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C_in, height, width) to (B, C_out, height / stride, width / stride)."""
-        W = self.regulator()
+        W: List[torch.Tensor] = []  # of a reparameterised stage, whose steps have theirs
+        if hasattr(self, 'regulator'):
+            W = self.regulator()
         H: Optional[torch.Tensor] = None
         C: Optional[torch.Tensor] = None
         for block in self.children():
-            if hasattr(block, 'fusion_conv'):  # in TorchScript the cell comes by too, and only hasattr is static
+            if hasattr(block, 'is_last'):  # in TorchScript the cell comes by too, and only hasattr is static
                 if self.grad_checkpointing and not torch.jit.is_scripting():
                     # not re-entrant: the kernels come in a list, and the state may be None
-                    x, H, C = checkpoint(block, x, W, H, C, use_reentrant=False)
+                    out = checkpoint(block, x, W, H, C, use_reentrant=False)
                 else:
-                    x, H, C = block(x, W, H, C)
+                    out = block(x, W, H, C)
+                if block.is_last:
+                    x = out
+                else:
+                    x, H, C = out
         return x

@@ -3,29 +3,32 @@
 Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXiv 2101.00590).
 """
 
-from typing import Callable, Tuple
+from typing import Callable, Dict, Optional, Tuple, Type
 
 import torch
 import torch.fx
 import torch.nn as nn
+from torch import sigmoid, tanh
 
-from .equations import Kernels, State, by_gate, convgru, convlstm, convrnn
+from .equations import Kernels, State, convgru, convlstm, convrnn
 
-__all__ = ['CELLS', 'ConvGRU', 'ConvLSTM', 'ConvRNN', 'FoldedCell', 'RegulatorCell']
+__all__ = ['CELLS', 'ConvGRU', 'ConvLSTM', 'ConvRNN', 'RegulatorCell', 'reparameterize_cell']
 
 
-torch.fx.wrap('by_gate')  # symbolic tracing can't follow its loop: a node of the graph instead
+@torch.fx.wrap  # symbolic tracing can't follow its conditions: a node of the graph instead
+def as_autocast(K: torch.Tensor) -> torch.Tensor:
+    """Kernels in the type that autocast, where it is on, would convert them to in every convolution anew."""
+    if not torch.jit.is_scripting():
+        device = K.device.type
+        if K.dtype != torch.float64 and device != 'meta' and torch.is_autocast_enabled(device):
+            K = K.to(torch.get_autocast_dtype(device))
+    return K
 
 
 class RegulatorCell(nn.Module):
     """A convolutional RNN cell with separable gates; the subclasses name their gates and their time step.
 
-    The module makes the kernels, and the static `step(X, H, C, W)` computes a time step with them:
-        X: Input (B, N, height, width).
-        H: State of the step before, X's shape; None is the zero state.
-        C: ConvLSTM's memory of the step before, X's shape; None is zero. Other cells have none.
-        W: What `forward` gave.
-        Returns the new H and C, of X's shape; C is None for a cell without memory.
+    The module makes the kernels; `step(X, H, C, W)` computes a time step with them, see `equations`.
 
     Parameters are stacked gate by gate, G gates of `channels` (N) rows each, in the order of `gates`:
     `pointwise` (G·N, 2, 1, 1), the weights of `(X_c, H_c)`; `depthwise` (G·N, 1, 3, 3); `bias` (G·N,).
@@ -52,61 +55,110 @@ class RegulatorCell(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """He's weights without the gain of a ReLU, which keep the variance of what they sum; biases zero."""
+        """Kaiming initialisation without the gain of a ReLU, which keeps the variance of the sums; biases zero."""
         nn.init.kaiming_normal_(self.pointwise, nonlinearity='linear')
         nn.init.kaiming_normal_(self.depthwise, nonlinearity='linear')
         nn.init.zeros_(self.bias)
 
-    def products(self) -> Tuple[torch.Tensor, torch.Tensor]:
-        """All gates' kernels of X and of H, each a product of a pointwise and a depthwise one, (G·N, 1, 3, 3)."""
-        return self.pointwise[:, :1] * self.depthwise, self.pointwise[:, 1:] * self.depthwise
+    def merged_kernels(self) -> Kernels:
+        """All gates' kernels of X and of H, each a product of a pointwise and a depthwise one, and biases."""
+        shape = (-1, self.channels, 1, 3, 3)
+        K_x = (self.pointwise[:, :1] * self.depthwise).view(shape)
+        K_h = (self.pointwise[:, 1:] * self.depthwise).view(shape)
+        return [K_x, K_h, self.bias.view(-1, self.channels)]
 
     def forward(self) -> Kernels:
-        """The kernels of the time steps: each gate's kernel of X (N, 1, 3, 3), of H (N, 1, 3, 3) and bias (N,).
+        """The kernels of the time steps.
 
         A stage calls its cell once a forward, whatever the number of its steps, and hands the result to each `step`.
         """
-        K_x, K_h = self.products()
+        K_x, K_h, b = self.merged_kernels()
         # cloned, as a view of a parameter says that it requires a gradient even under no_grad, and torch's counter of
         # operations, which meets the kernels as arguments of the blocks, then looks for one
-        return by_gate(K_x, K_h, self.bias.clone(), self.channels)
+        return [as_autocast(K_x), as_autocast(K_h), as_autocast(b.clone())]
 
 
 class ConvRNN(RegulatorCell):
-    """H' = tanh(W_h * [X, H])"""
-
+    __doc__ = convrnn.__doc__
     gates = ('h',)
     step = staticmethod(convrnn)
 
 
 class ConvGRU(RegulatorCell):
-    """z, r = σ(W_{z,r} * [X, H]);  H~ = tanh(W_h * [X, r ⊙ H]);  H' = (1 - z) ⊙ H + z ⊙ H~"""
-
+    __doc__ = convgru.__doc__
     gates = ('z', 'r', 'h')
     step = staticmethod(convgru)
 
 
 class ConvLSTM(RegulatorCell):
-    """i, f, o = σ(W_{i,f,o} * [X, H]);  g = tanh(W_g * [X, H]);  C' = f ⊙ C + i ⊙ g;  H' = o ⊙ tanh(C')"""
-
+    __doc__ = convlstm.__doc__
     gates = ('i', 'f', 'o', 'g')
     step = staticmethod(convlstm)
 
 
-class FoldedCell(nn.Module):
-    """What is left of a cell for inference: the products of its kernels."""
+CELLS = {'convrnn': ConvRNN, 'convgru': ConvGRU, 'convlstm': ConvLSTM}
+
+
+# For inference: the equations once more, of standard layers, for runtimes that know nothing else
+
+
+class _Gate(nn.Module):
+    """`W * [X, H]` of one gate: two depthwise convolutions and their sum."""
+
+    def __init__(self, K_x: torch.Tensor, K_h: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        N = len(b)
+        args = dict(kernel_size=3, padding=1, groups=N, device=b.device, dtype=b.dtype)
+        self.conv_x = nn.Conv2d(N, N, **args)
+        self.conv_h = nn.Conv2d(N, N, bias=False, **args)
+        self.conv_x.load_state_dict({'weight': K_x, 'bias': b})
+        self.conv_h.load_state_dict({'weight': K_h})
+
+    def forward(self, X: torch.Tensor, H: Optional[torch.Tensor]) -> torch.Tensor:
+        out = self.conv_x(X)
+        if H is not None:
+            out = out + self.conv_h(H)
+        return out
+
+
+class _Step(nn.Module):
+    """A time step, called as those of `equations`; it has its kernels and ignores W."""
 
     def __init__(self, cell: RegulatorCell) -> None:
         super().__init__()
-        self.channels = cell.channels
-        K_x, K_h = cell.products()
-        self.K_x = nn.Parameter(K_x.detach(), requires_grad=False)
-        self.K_h = nn.Parameter(K_h.detach(), requires_grad=False)
-        self.bias = nn.Parameter(cell.bias.detach(), requires_grad=False)
-
-    def forward(self) -> Kernels:
-        """As RegulatorCell.forward."""
-        return by_gate(self.K_x, self.K_h, self.bias, self.channels)
+        for name, *W in zip(cell.gates, *(K.detach() for K in cell.merged_kernels())):
+            self.add_module(name, _Gate(*W))
 
 
-CELLS = {'convrnn': ConvRNN, 'convgru': ConvGRU, 'convlstm': ConvLSTM}
+class _ConvRNNStep(_Step):
+    def forward(self, X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
+        return tanh(self.h(X, H)), C
+
+
+class _ConvGRUStep(_Step):
+    def forward(self, X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
+        z = sigmoid(self.z(X, H))
+        if H is None:
+            return z * tanh(self.h(X, None)), C
+        r = sigmoid(self.r(X, H))
+        return (1 - z) * H + z * tanh(self.h(X, r * H)), C
+
+
+class _ConvLSTMStep(_Step):
+    def forward(self, X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
+        C_new = sigmoid(self.i(X, H)) * tanh(self.g(X, H))
+        if C is not None:
+            C_new = sigmoid(self.f(X, H)) * C + C_new
+        return sigmoid(self.o(X, H)) * tanh(C_new), C_new
+
+
+_STEPS: Dict[Type[RegulatorCell], Type[_Step]] = {
+    ConvRNN: _ConvRNNStep,
+    ConvGRU: _ConvGRUStep,
+    ConvLSTM: _ConvLSTMStep,
+}
+
+
+def reparameterize_cell(cell: RegulatorCell) -> nn.Module:
+    """A cell's time step for inference, with its kernels in depthwise convolutions; called as `cell.step`."""
+    return _STEPS[type(cell)](cell)

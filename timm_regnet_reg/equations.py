@@ -1,11 +1,17 @@
-"""The regulator cells' equations.
+"""The regulator cells' equations, one function a cell.
 
-Every gate convolves the input `X` and the state `H` together: a grouped 1x1 kernel fuses each pair `(X_c, H_c)` to
-one channel, and a depthwise 3x3 kernel follows. With nothing between them the two are one linear map, and are
-computed as one: two depthwise 3x3 convolutions, of `X` and of `H`, whose kernels are the products of the pair's.
-Depthwise convolutions have fast kernels on every device; grouped ones with two inputs a group do not.
+`W * [X, H]` fuses each pair `(X_c, H_c)` by a grouped 1x1 kernel, and a depthwise 3x3 kernel follows. With nothing
+between them the two are one linear map, and are computed as one: two depthwise 3x3 convolutions, of `X` and of `H`,
+whose kernels are the products of the pair's. Depthwise convolutions have fast kernels on every device; grouped ones
+with two inputs a group do not.
 
-On a CPU these steps are bound by memory, so what is only of use within them is worked on in place.
+Every function is one time step:
+
+    X: Input (B, N, height, width).
+    H: State of the step before, X's shape; None is the zero state.
+    C: ConvLSTM's memory of the step before, X's shape; None is zero. The other cells have none.
+    W: Kernels of all gates, see `Kernels`.
+    Returns the new H and C, of X's shape; C is None for a cell without memory.
 
 Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXiv 2101.00590).
 """
@@ -15,81 +21,57 @@ from typing import List, Optional, Tuple
 import torch
 import torch.fx
 import torch.nn.functional as F
+from torch import sigmoid, tanh
 
-__all__ = ['Kernels', 'State', 'by_gate', 'conv', 'convgru', 'convlstm', 'convrnn', 'fusion', 'tanh']
+__all__ = ['Kernels', 'State', 'conv', 'convgru', 'convlstm', 'convrnn', 'split_gates']
 
-Kernels = List[torch.Tensor]  # gate by gate: kernel of X (N, 1, 3, 3), kernel of H (N, 1, 3, 3), bias (N,)
+Kernels = List[torch.Tensor]  # of G gates: of X (G, N, 1, 3, 3), of H (G, N, 1, 3, 3), biases (G, N); of one: no G
 State = Tuple[torch.Tensor, Optional[torch.Tensor]]  # H and C, (B, N, height, width) each
 
 
-@torch.fx.wrap  # symbolic tracing can't follow its conditions: a node of the graph instead, and so below
-def as_autocast(W: torch.Tensor) -> torch.Tensor:
-    """A kernel in the type that autocast, where it is on, would convert it to in every convolution anew."""
-    if not torch.jit.is_scripting():
-        device = W.device.type
-        if W.dtype != torch.float64 and device != 'meta' and torch.is_autocast_enabled(device):
-            W = W.to(torch.get_autocast_dtype(device))
-    return W
+@torch.fx.wrap  # symbolic tracing can't follow its loop: a node of the graph instead
+def split_gates(W: Kernels) -> List[Kernels]:
+    """The kernels of each gate by itself."""
+    gates: List[Kernels] = []
+    for K_x, K_h, b in zip(W[0].unbind(), W[1].unbind(), W[2].unbind()):
+        gates.append([K_x, K_h, b])
+    return gates
 
 
-def by_gate(K_x: torch.Tensor, K_h: torch.Tensor, bias: torch.Tensor, channels: int) -> Kernels:
-    """All gates' kernels of X and of H (G·N, 1, 3, 3) and biases (G·N,), for N = `channels`, gate by gate."""
-    W: Kernels = []
-    for W_x, W_h, b in zip(
-        as_autocast(K_x).split(channels), as_autocast(K_h).split(channels), as_autocast(bias).split(channels)
-    ):
-        W += [W_x, W_h, b]
-    return W
-
-
-def conv(X: torch.Tensor, H: Optional[torch.Tensor], W: Kernels, gate: int) -> torch.Tensor:
-    """`W * [X, H]` of one gate, a new tensor (B, N, height, width); H = None is the zero state and costs nothing."""
-    W_x, W_h, b = W[3 * gate], W[3 * gate + 1], W[3 * gate + 2]
-    out = F.conv2d(X, W_x, b, padding=1, groups=W_x.shape[0])
-    return out if H is None else out.add_(F.conv2d(H, W_h, padding=1, groups=W_h.shape[0]))
-
-
-@torch.fx.wrap
-def tanh(x: torch.Tensor, times: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """tanh(x), or `times` ⊙ tanh(x).
-
-    In float32 on the CPU, torch's tanh takes six times as long as its σ, so there it is 2σ(2x) - 1 = 1 - 2σ(-2x); with
-    the product worked out, autograd keeps no more for it than for the product with tanh itself.
-    """
-    if x.device.type == 'cpu' and x.dtype == torch.float32:
-        if times is None:
-            return (2 * x).sigmoid_().mul(2).sub_(1)
-        return torch.addcmul(times, times, (-2 * x).sigmoid_(), value=-2)
-    y = torch.tanh(x)
-    return y if times is None else times * y
+def conv(X: torch.Tensor, H: Optional[torch.Tensor], W: Kernels) -> torch.Tensor:
+    """`W * [X, H]` of one gate, (B, N, height, width)."""
+    K_x, K_h, b = W
+    out = F.conv2d(X, K_x, b, padding=1, groups=X.shape[1])
+    if H is not None:
+        out = out + F.conv2d(H, K_h, padding=1, groups=X.shape[1])
+    return out
 
 
 def convrnn(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
-    return tanh(conv(X, H, W, 0)), C
+    """H = tanh(W_h * [X, H])"""
+    (W_h,) = split_gates(W)
+    return tanh(conv(X, H, W_h)), C
 
 
 def convgru(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
-    z = conv(X, H, W, 0).sigmoid_()
+    """z, r = σ(W_{z,r} * [X, H]);  H~ = tanh(W_h * [X, r ⊙ H]);  H = (1 - z) ⊙ H + z ⊙ H~"""
+    W_z, W_r, W_h = split_gates(W)
+    z = sigmoid(conv(X, H, W_z))
     if H is None:
-        return tanh(conv(X, H, W, 2), times=z), C
-    r = conv(X, H, W, 1).sigmoid_()
-    H_new = tanh(conv(X, r * H, W, 2))
-    return torch.addcmul(H, z, H_new - H), C  # (1 - z) ⊙ H + z ⊙ H~
+        return z * tanh(conv(X, None, W_h)), C
+    r = sigmoid(conv(X, H, W_r))
+    H_new = tanh(conv(X, r * H, W_h))
+    return (1 - z) * H + z * H_new, C
 
 
 def convlstm(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
-    i = conv(X, H, W, 0).sigmoid_()
-    C_new = tanh(conv(X, H, W, 3), times=i)  # i ⊙ g
+    """i, f, o = σ(W_{i,f,o} * [X, H]);  g = tanh(W_g * [X, H]);  C = f ⊙ C + i ⊙ g;  H = o ⊙ tanh(C)"""
+    W_i, W_f, W_o, W_g = split_gates(W)
+    i = sigmoid(conv(X, H, W_i))
+    o = sigmoid(conv(X, H, W_o))
+    g = tanh(conv(X, H, W_g))
+    C_new = i * g
     if C is not None:
-        f = conv(X, H, W, 1).sigmoid_()
-        C_new = torch.addcmul(C_new, f, C)
-    o = conv(X, H, W, 2).sigmoid_()
-    return tanh(C_new, times=o), C_new
-
-
-def fusion(X: torch.Tensor, H: torch.Tensor, W: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
-    """`W * [X, H]` with a 1x1 kernel (N_X, N_X + N_H, 1, 1), as the sum of a convolution of X and one of H."""
-    W = as_autocast(W)
-    N_X = W.shape[0]
-    # not in place: under vmap either may have a dimension that the other lacks
-    return F.conv2d(X, W[:, :N_X], b) + F.conv2d(H, W[:, N_X:])
+        f = sigmoid(conv(X, H, W_f))
+        C_new = f * C + C_new
+    return o * tanh(C_new), C_new

@@ -4,7 +4,6 @@ Named after the method, and not `regnet`, so that timm doesn't file them with th
 Design Spaces*, which are called RegNet too.
 """
 
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
@@ -23,8 +22,9 @@ from timm.models import (
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from .cells import CELLS
-from .networks import CifarRegulatedResNet, RegulatedResNet, add_regulators, check_arguments, check_regulable
-from .pretrained import filter_checkpoint, packaged_args, trained_cfgs, warm_start_cfg, warm_start_cfgs, weights_of
+from .networks import CifarRegulatedResNet, RegulatedResNet, check_arguments
+from .pretrained import packaged_args, prepare_checkpoint, trained_cfgs, warm_start_cfg, warm_start_cfgs
+from .regulate import add_regulators, check_regulable
 
 __all__ = []  # timm adds the entrypoints
 
@@ -141,7 +141,9 @@ def _create(
     name: str,
     model_args: Dict[str, Any],
     pretrained: bool,
-    kwargs: Dict[str, Any],
+    pretrained_cfg: Union[str, Dict[str, Any], PretrainedCfg, None] = None,
+    pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+    **kwargs: Any,
 ) -> RegulatedResNet:
     """What all entrypoints have in common.
 
@@ -150,42 +152,36 @@ def _create(
         name: Name of the model.
         model_args: Arguments of `model_class`, which what was recorded with packaged weights overrides.
         pretrained: Load weights.
-        kwargs: The caller's arguments, which override all others.
+        pretrained_cfg: As timm's create_model, and so the next.
+        **kwargs: The caller's arguments, which override all others.
     """
-    tags = [tag for tag in default_cfgs[name].cfgs if tag]
-    tag = kwargs.get('pretrained_cfg')
-    if tag and isinstance(tag, str) and tag not in tags:
-        raise RuntimeError(f'{name} has no pretrained tag {tag!r}; it has {", ".join(tags) or "none"}.')
-    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
+    overlay = dict(pretrained_cfg_overlay or {})
     if overlay.get('hf_hub_id') or overlay.get('url'):
-        overlay = {'file': None, **overlay}  # packaged weights are a file, which timm would prefer
-    cfg = resolve_pretrained_cfg(name, tag, overlay)
-    recorded = packaged_args(cfg)
+        overlay.setdefault('file', None)  # packaged weights are a file, which timm would prefer
+    recorded = packaged_args(resolve_pretrained_cfg(name, pretrained_cfg, overlay))
     args = {**model_args, **recorded, **kwargs}
+
+    def build(**args: Any) -> ResNet:
+        model = model_class(**args)
+        # as timm's create_model records the caller's, for whoever saves the network
+        model._model_args = {**getattr(model, '_model_args', {}), **recorded}
+        return model
+
     # not all of timm's default out_indices, as the CIFAR form has one stage less
     num_features = 4 if args.get('backbone', name).split('.')[0] in CIFAR_MODELS else 5
     feature_cfg = {'out_indices': tuple(range(num_features)), **args.pop('feature_cfg', {})}
     if args.get('features_only'):
         _check_out_indices(args.get('out_indices', feature_cfg['out_indices']), num_features)
-    with ExitStack() as loading:
-
-        def build(**model_args: Any) -> ResNet:
-            model = model_class(**model_args)
-            # as timm's create_model records the caller's, for whoever saves the network
-            model._model_args = {**getattr(model, '_model_args', {}), **recorded}
-            if pretrained:  # only now, so that no fault of the arguments is blamed on the weights
-                loading.enter_context(weights_of(name, cfg, kwargs.get('cache_dir')))
-            return model
-
-        return build_model_with_cfg(
-            build,
-            name,
-            pretrained,
-            feature_cfg=feature_cfg,
-            pretrained_filter_fn=filter_checkpoint,
-            pretrained_cfg_overlay=overlay,
-            **args,
-        )
+    return build_model_with_cfg(
+        build,
+        name,
+        pretrained,
+        pretrained_cfg,
+        overlay,
+        feature_cfg=feature_cfg,
+        pretrained_filter_fn=prepare_checkpoint,
+        **args,
+    )
 
 
 def _check_out_indices(indices: Union[int, Sequence[int]], num_features: int) -> None:
@@ -206,7 +202,7 @@ def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: s
                 f'{name} is {f"regulated by a {cell}" if cell else "a plain network"}, as its name says. For another '
                 'cell or a regulated network choose the model of that name, regnet_reg_{backbone}_{cell}.'
             )
-        return _create(model_class, name, model_args, pretrained, kwargs)
+        return _create(model_class, name, model_args, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"""{doc}
@@ -280,4 +276,4 @@ def regnet_reg(pretrained: bool = False, **kwargs) -> RegulatedResNet:
         kwargs['pretrained_cfg'] = (
             warm_start_cfg('regnet_reg', cfg) if cfg.has_weights else replace(cfg, architecture='regnet_reg')
         )
-    return _create(_regulated, 'regnet_reg', model_args, pretrained, kwargs)
+    return _create(_regulated, 'regnet_reg', model_args, pretrained, **kwargs)

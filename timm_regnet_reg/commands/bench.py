@@ -40,9 +40,9 @@ from tqdm import tqdm
 from ..arguments import add_device, positive
 from ..cells import CELLS
 from ..errors import UserError
-from ..regnet_reg import CIFAR_BACKBONES
-from ..papers.timing import Contender, infer, measure, measure_peaks, train
 from ..papers.baselines import DENSE, NAIVE, PLAIN, Regulators, networks, regulator_inputs
+from ..papers.timing import Contender, infer, measure, measure_peaks, train
+from ..regnet_reg import CIFAR_BACKBONES
 from ..weights.scoring import check_device
 
 __all__ = ['bench', 'scaling', 'scaling_exponent']

@@ -43,8 +43,9 @@ import torch
 import yaml
 from PIL import Image
 
-from ..arguments import count, positive
 from .. import __version__
+from ..arguments import count as whole_number
+from ..arguments import positive
 from ..errors import UserError, reason
 from ..papers.flops import count
 from ..papers.plots import plot_folder
@@ -484,7 +485,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--seeds',
         nargs='+',
-        type=count,
+        type=whole_number,
         default=[0],
         metavar='N',
         help='default: 0; all models are trained with one before the next',

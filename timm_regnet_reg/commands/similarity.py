@@ -41,10 +41,10 @@ from tqdm import tqdm
 
 from ..arguments import add_device, positive
 from ..errors import UserError
-from ..weights.inference import find_images, load_model, read_image
 from ..papers.plots import plot_folder
-from ..weights.scoring import check_device
 from ..weights.files import check_writable, replacing
+from ..weights.inference import find_images, load_model, read_image
+from ..weights.scoring import check_device
 
 __all__ = ['CKA', 'COSINE', 'Similarity', 'similarity']
 

@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from ..cells import CELLS
-from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 from ..papers.flops import count
+from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 
 __all__ = ['header', 'row']
 
