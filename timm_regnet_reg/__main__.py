@@ -16,23 +16,23 @@ from .errors import UserError
 # commands that compute for long where there is no GPU
 ON_CPU = ('quickstart', 'classify', 'package', 'export', 'similarity')
 
-_DESCRIPTION = 'Regulated networks (RegNet, arXiv 2101.00590) for timm.'
-_EPILOG = """\
-regnet-reg COMMAND --help and regnet-reg help COMMAND give the details of a command.
-The same as python -m timm_regnet_reg COMMAND.
-"""
-
 
 def _create_parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser('regnet-reg', None, _DESCRIPTION, _EPILOG, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        'regnet-reg',
+        description='Regulated networks (RegNet, arXiv 2101.00590) for timm.',
+        epilog='regnet-reg COMMAND --help, or regnet-reg help COMMAND, gives the details of a command.',
+    )
     parser.add_argument('--version', action='version', version=f'regnet-reg {__version__}')
     subparsers = parser.add_subparsers(title='commands', dest='command', metavar='COMMAND', required=True)
     for name in COMMANDS:
         command = importlib.import_module(f'.commands.{name}', __package__)
         description = (command.__doc__ or '').replace('``', '')
         subparser = subparsers.add_parser(
-            name, help=description.partition('\n')[0], description=description, formatter_class=formatter
+            name,
+            help=description.partition('\n')[0],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(subparser)
         subparser.set_defaults(main=command.main)

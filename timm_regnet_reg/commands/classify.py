@@ -13,17 +13,13 @@ import json
 
 from tqdm import tqdm
 
-from ..arguments import DEFAULT_MODEL, add_device, positive
+from ..arguments import add_device, add_model, positive
 from ..weights.inference import find_images, load_model, predict, prediction_lines, read_image
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='an image, or a folder of images')
-    parser.add_argument(
-        '--model',
-        default=DEFAULT_MODEL,
-        help="a model of timm's with weights, hf-hub:OWNER/NAME or local-dir:FOLDER (default: %(default)s)",
-    )
+    add_model(parser)
     parser.add_argument(
         '--topk', type=positive, default=5, metavar='K', help='how many classes to print (default: %(default)s)'
     )

@@ -17,7 +17,7 @@ import sys
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Tuple
+from typing import Any, Dict, Iterable, Tuple
 
 import torch
 import torch.nn as nn
@@ -27,12 +27,12 @@ from timm.utils import reparameterize_model
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..arguments import DEFAULT_MODEL
+from ..arguments import add_model
 from ..errors import UserError
 from ..papers.cifar import BORDER, SIZE, SIZES
 from ..weights.files import check_writable, replacing
 from ..weights.inference import load_model
-from ..weights.scoring import ImageFolder, Score, check_finite, check_same_classes, score
+from ..weights.scoring import ImageFolder, check_finite, check_same_classes, score
 
 __all__ = ['OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize']
 
@@ -58,12 +58,7 @@ class OnnxModel(nn.Module):
 
 
 def export_onnx(model: nn.Module, path) -> None:
-    """Write a network as one ONNX file, for batches of any size.
-
-    Args:
-        model: A timm network in evaluation mode, on the CPU. It is copied before it is folded, and stays as it is.
-        path: The file to write.
-    """
+    """Write a timm network in evaluation mode, on the CPU, as one ONNX file for batches of any size."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     # inside another module, as reparameterize_model asks everything to fold itself but the module that it is given
@@ -86,11 +81,7 @@ def export_onnx(model: nn.Module, path) -> None:
 
 
 def largest_difference(model: nn.Module, path) -> float:
-    """The largest difference of an ONNX file's logits from the model's on random images, over the largest logit.
-
-    Raises:
-        UserError: The model or the file gives outputs that aren't finite.
-    """
+    """The largest difference of an ONNX file's logits from the model's on random images, over the largest logit."""
     onnx_model = OnnxModel(path, model.num_classes)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
@@ -111,8 +102,6 @@ def quantize(source, target, images: Iterable[torch.Tensor]) -> None:
     in int8, and the state that passes through them again and again would gather their errors.
 
     Args:
-        source: The float32 file.
-        target: The file to write.
         images: Batches (B, C, height, width); activations are quantised to the ranges that they have on these.
     """
     import onnx
@@ -146,22 +135,16 @@ def quantize(source, target, images: Iterable[torch.Tensor]) -> None:
     )
 
 
-def _evaluation_view(data_config: Dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """Prepares training images as images are that the network is used on: CIFAR's lose the border they are cut from."""
+def _images(data_dir: str, model: nn.Module, data_config: Dict[str, Any]) -> Tuple[Subset, ImageFolder]:
+    """Random training images to calibrate on, and those to score on, of the same classes as the model's."""
     transform = create_transform(**data_config)
     is_cifar = tuple(data_config['input_size'][1:]) == (SIZE, SIZE)
 
-    def prepare(image: Image.Image) -> torch.Tensor:
+    def as_used(image: Image.Image) -> torch.Tensor:  # without the border that CIFAR's are cut from
         bordered = is_cifar and image.size == (SIZES['train'], SIZES['train'])
         return transform(ImageOps.crop(image, BORDER) if bordered else image)
 
-    return prepare
-
-
-def _images(data_dir: str, model: nn.Module, data_config: Dict[str, Any]) -> Tuple[Subset, ImageFolder]:
-    """Random training images to calibrate on, and those to score on, of the same classes as the model's."""
-    view = _evaluation_view(data_config)
-    training = ImageFolder(Path(data_dir, 'train'), data_config, model.num_classes, transform=view)
+    training = ImageFolder(Path(data_dir, 'train'), data_config, model.num_classes, transform=as_used)
     validation = ImageFolder(Path(data_dir, 'validation'), data_config, model.num_classes)
     check_same_classes(validation, Path(data_dir, 'train'))
     labels = model.pretrained_cfg.get('label_names')
@@ -177,13 +160,7 @@ def _images(data_dir: str, model: nn.Module, data_config: Dict[str, Any]) -> Tup
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('output', metavar='OUTPUT', help='the file to write, *.onnx')
-    parser.add_argument(
-        '--model',
-        default=DEFAULT_MODEL,
-        metavar='NAME',
-        help='a model with weights: of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER '
-        '(default: %(default)s)',
-    )
+    add_model(parser)
     parser.add_argument(
         '--int8',
         metavar='DIR',
@@ -224,16 +201,13 @@ def main(args: argparse.Namespace) -> None:
     if args.int8 is None:
         return
 
-    def accuracy(path: Path, kind: str) -> Score:
-        return score(OnnxModel(path, model.num_classes), validation, data_config, desc=f'scoring {kind}')
-
-    results = {output: accuracy(output, 'float32')}
+    full = score(OnnxModel(output, model.num_classes), validation, data_config, desc='scoring float32')
     with replacing(quantized) as file:
         loader = DataLoader(calibration, batch_size=32)
         with redirect_stdout(sys.stderr), tqdm(loader, desc='calibrating', unit='batch') as batches:
             quantize(output, file, (images for images, _ in batches))
-        results[quantized] = accuracy(file, 'int8')
-    for path, result in results.items():
+        int8 = score(OnnxModel(file, model.num_classes), validation, data_config, desc='scoring int8')
+    for path, result in ((output, full), (quantized, int8)):
         print(
             f'{path}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images, {_size(path)}'
         )

@@ -9,7 +9,6 @@ the recipe names. An earlier folder is replaced, but one whose card was edited b
 import argparse
 import inspect
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, Dict, Tuple
@@ -19,6 +18,7 @@ import torch
 import yaml
 from timm.data import resolve_input_data_config
 from timm.models import clean_state_dict, is_model
+from timm.models._input import get_model_args
 from timm.utils import load_checkpoint_metadata
 
 from ..arguments import add_data, add_device, count, positive, words
@@ -39,18 +39,15 @@ _PROVENANCE = (
 
 
 def read_checkpoint(path: str, use_ema: bool = False) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any], int]:
-    """Reads a checkpoint of train.py, tensors and plain values only: nothing in it is executed.
-
-    Returns:
-        The state dict, the arguments of train.py, and the number of epochs trained.
+    """State dict, arguments and epochs of a checkpoint of train.py; nothing in it is executed.
 
     Raises:
         UserError: The file is missing, damaged, of another kind, holds other objects, or lacks the EMA weights.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'{path}: no such file; give a checkpoint that train.py wrote (model_best.pth.tar, say)')
     try:
         checkpoint = load_checkpoint_metadata(path)
+    except FileNotFoundError as error:
+        raise UserError(f'{path}: no such file; give a checkpoint that train.py wrote (last.pth.tar, say)') from error
     except Exception as error:  # torch raises whatever it stumbles over
         raise UserError(
             f'{path}: cannot be read as a checkpoint ({reason(error).splitlines()[0]}); it is truncated, damaged, of '
@@ -81,7 +78,7 @@ def _model_args(train_args: Dict[str, Any]) -> Dict[str, Any]:
     return {key: value for key, value in args.items() if key not in how_made and value is not None}
 
 
-def _recipe(path: str, model: str, train_args: Dict[str, Any]) -> Tuple[str, str]:
+def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tuple[str, str]:
     """The recipe's name with what the run changed in it, and Markdown that says how to run it again."""
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
@@ -90,8 +87,9 @@ def _recipe(path: str, model: str, train_args: Dict[str, Any]) -> Tuple[str, str
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f'{path}: cannot be read as a recipe; give the YAML file that train.py ran with: {error}')
     name = Path(path).name
-    arguments = {key: v for key, v in _model_args(train_args).items() if key in (train_args.get('model_kwargs') or {})}
-    run = {**train_args, 'model': model, 'model_kwargs': arguments}
+    # what options of their own say is not said twice
+    arguments = {k: v for k, v in get_model_args(model).items() if k not in ('num_classes', 'in_chans', 'global_pool')}
+    run = {**train_args, 'model': model.pretrained_cfg['architecture'], 'model_kwargs': arguments}
     changed = [f'{key} {run.get(key)} instead of {value}' for key, value in recipe.items() if run.get(key) != value]
     keys = (*recipe, 'model', 'num_classes', 'model_kwargs', 'seed', 'epochs')
     options = {key: run[key] for key in keys if run.get(key) not in (None, {})}
@@ -119,7 +117,7 @@ def _build(name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Te
         try:
             return timm.create_model(source, **model_args)
         except Exception as error:  # timm and the Hub's client raise errors of their own
-            print(f'{source}, which the run started from, cannot be read ({reason(error)}): the weights decide')
+            print(f'{source}, where the run started, cannot be read ({reason(error)}): its weights must fit {name}')
         stages = sorted({int(key[5]) for key in state_dict if re.match(r'layer\d\.regulator\.', key)})
         if stages and name.startswith('regnet_reg'):
             model_args.setdefault('regulated_stages', stages)
@@ -192,11 +190,11 @@ def main(args: argparse.Namespace) -> None:
     trained = str(train_args.get('model'))
     if ':' not in trained and trained.split('.')[0] != args.model:
         raise UserError(f'{args.checkpoint}: is a checkpoint of {trained}, not of --model {args.model}; give one of it')
-    recipe, reproduce = _recipe(args.recipe, args.model, train_args)
     auxiliary = [key for key in state_dict if '.aux_bn.' in key]
     for key in auxiliary:
         del state_dict[key]
     model, data_config = _create_model(args.model, train_args, state_dict, args.checkpoint)
+    recipe, reproduce = _recipe(args.recipe, model, train_args)
     images = ImageFolder(root, data_config, model.num_classes)
     check_same_classes(images, Path(args.data_dir, str(train_args.get('train_split') or 'train')))
     result = score(model, images, data_config, args.batch_size, args.workers, device)

@@ -10,7 +10,7 @@ trains stays in the folder regnet_reg_resnet20_convlstm.digits, to be used and l
 import argparse
 import time
 from pathlib import Path
-from typing import Callable, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import timm
 import torch
@@ -24,7 +24,7 @@ from ..arguments import DEFAULT_MODEL
 from ..errors import UserError
 from ..weights.folder import check_replaceable, model_card, save_folder
 from ..weights.inference import load_model, predict, prediction_lines
-from ..weights.scoring import score_loader
+from ..weights.scoring import score
 
 __all__ = ['Digits', 'quickstart']
 
@@ -35,6 +35,8 @@ HELD_OUT = 360  # of 1,797 images
 BATCH_SIZE = 32
 LEARNING_RATE = 0.003
 SEED = 0
+# moved and scaled a little, but never mirrored: a mirrored digit is no digit
+AUGMENTATION: Dict[str, Any] = dict(scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None)
 INSTALL = 'pip install "timm-regnet-reg[quickstart]"'
 
 
@@ -93,46 +95,35 @@ def _fine_tune(model: nn.Module, loader, epochs: int) -> None:
                 progress.update()
 
 
-def _logits(model: nn.Module, loader) -> torch.Tensor:
+def _logits(model: nn.Module, images: Digits) -> torch.Tensor:
     """The outputs (number of images, 10); the same input and weights give the same bits on the CPU."""
     with torch.inference_mode():
-        return torch.cat([model.eval()(images) for images, _ in loader])
+        return model.eval()(torch.stack([images[i][0] for i in range(len(images))]))
 
 
 def _say(step: int, headline: str, *lines: str) -> None:
     print(f'\n{step}/5  {headline}', *lines, sep='\n', flush=True)
 
 
-def quickstart(
-    output: Path, model_name: str = DEFAULT_MODEL, epochs: int = EPOCHS, max_images: Optional[int] = None
-) -> Path:
-    """The tour.
-
-    Args:
-        output: Folder for the folder of the fine-tuned network.
-        model_name: The network to start from, of 32x32 images in ten classes.
-        epochs: How often fine-tuning sees each image.
-        max_images: Train on no more images than this.
-
-    Returns:
-        The folder of the fine-tuned network.
+def quickstart(output, epochs: int = EPOCHS, max_images: Optional[int] = None) -> Path:
+    """The tour, with fewer epochs or training images on request; returns the folder of the fine-tuned network.
 
     Raises:
         UserError: scikit-learn is missing, or the network can't be had, or the folder can't be written.
         RuntimeError: The network that was loaded back is another one than was saved.
     """
     start = time.perf_counter()
-    photograph, train_set, held_out_set = _load_samples()
+    photograph, train_set, held_out = _load_samples()
     train_set.images = train_set.images[:max_images]
 
-    model = load_model(model_name)
+    model = load_model(DEFAULT_MODEL)
     cfg = model.pretrained_cfg
     data_config = resolve_data_config(model=model)
-    name = f'{cfg["architecture"]}.{TAG}'
+    name = f'{DEFAULT_MODEL}.{TAG}'
     check_replaceable(Path(output, name))
     _say(
         1,
-        f'Load {cfg["architecture"]}, a ResNet-20 regulated by a ConvLSTM, trained on CIFAR-10',
+        f'Load {DEFAULT_MODEL}, a ResNet-20 regulated by a ConvLSTM, trained on CIFAR-10',
         f'{sum(p.numel() for p in model.parameters()):,} parameters. The weights came with the package.',
     )
 
@@ -146,32 +137,36 @@ def quickstart(
     )
 
     torch.manual_seed(SEED)
-    model.reset_classifier(len(Digits.label_names))
-    # these images are prepared faster than worker processes start
-    common = dict(**data_config, batch_size=BATCH_SIZE, num_workers=0, persistent_workers=False, use_prefetcher=False)
-    common['device'] = torch.device('cpu')
-    # moved and scaled a little, but never mirrored: a mirrored digit is no digit
-    augmentation = dict(scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None)
-    train_loader = create_loader(train_set, **common, **augmentation, is_training=True)
-    held_out = create_loader(held_out_set, **common)
+    model.reset_classifier(len(held_out.label_names))
+    train_loader = create_loader(
+        train_set,
+        **data_config,
+        **AUGMENTATION,
+        batch_size=BATCH_SIZE,
+        is_training=True,
+        num_workers=0,  # these images are prepared faster than worker processes start
+        persistent_workers=False,
+        use_prefetcher=False,
+        device=torch.device('cpu'),
+    )
     _say(
         3,
         f'Fine-tune on {len(train_set):,} handwritten digits of scikit-learn, 8x8 pixels enlarged to 32x32',
         "A new classifier for ten digits replaces the old one, then all weights train with timm's loader, AdamW",
         f'and a cosine schedule: {epochs} {"epoch" if epochs == 1 else "epochs"} of {len(train_loader)} batches.',
     )
-    before = score_loader(model, held_out, Digits.label_names, desc='scoring before')
+    before = score(model, held_out, data_config, workers=0, desc='scoring before')
     _fine_tune(model, train_loader, epochs)
-    after = score_loader(model, held_out, Digits.label_names, desc='scoring after')
+    after = score(model, held_out, data_config, workers=0, desc='scoring after')
     print(
         f'Accuracy on {after.images} held-out digits: {before.top1:.1f} % before, {after.top1:.1f} % after.\n'
         'Before, the new classifier knew nothing: about 10 % is chance.'
     )
 
     expected = _logits(model, held_out)
-    license = cfg.get('license') or 'unknown'
+    license = cfg['license']
     details = {
-        'Started from': f'{cfg["architecture"]}.{cfg["tag"]}',
+        'Started from': f'{DEFAULT_MODEL}.{cfg["tag"]}',
         'Recipe': f'quickstart, AdamW with learning rate {LEARNING_RATE}, cosine schedule',
         'Epochs': epochs,
         'Seed': SEED,
@@ -185,7 +180,7 @@ def quickstart(
         Path(output, name),
         tag=TAG,
         card=model_card(name, after, data, license, details, '`regnet-reg quickstart`'),
-        label_names=Digits.label_names,
+        label_names=held_out.label_names,
         license=license,
         data_config=data_config,
     )
@@ -221,4 +216,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    quickstart(Path(args.output))
+    quickstart(args.output)

@@ -73,10 +73,10 @@ def _check_classes(model: torch.nn.Module, source: str) -> None:
     """Raises a UserError unless network, config and labels agree: timm would leave the classifier at random."""
     if not getattr(model, 'num_classes', 0):
         raise UserError(f'{source}: has no classifier; choose a model that was trained to classify')
-    cfg = model.pretrained_cfg
+    cfg, labels = model.pretrained_cfg, model.pretrained_cfg.get('label_names')
     counts = {'its network has': model.num_classes, 'num_classes says': cfg['num_classes']}
-    if isinstance(cfg.get('label_names'), (list, tuple)):  # a dict names some of them
-        counts['label_names are'] = len(cfg['label_names'])
+    if isinstance(labels, (list, tuple)):  # a dict names some of them
+        counts['label_names are'] = len(labels)
     if len(set(counts.values())) > 1:
         told = ', '.join(f'{what} {count}' for what, count in counts.items())
         raise UserError(
@@ -84,10 +84,8 @@ def _check_classes(model: torch.nn.Module, source: str) -> None:
             'be the one that was trained; correct the config, or get it again'
         )
     try:
-        labels = class_labels(model)
-        ', '.join(labels.values())
-        if not labels.keys() <= set(range(model.num_classes)):
-            raise ValueError(f'class {max(labels)} has a label')
+        if not {*class_labels(model)} <= {*range(model.num_classes)}:
+            raise ValueError(f'{labels!r:.40}')
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f'{source}: its config has label_names or label_descriptions that are not the names of its '
@@ -104,8 +102,8 @@ def class_labels(model: torch.nn.Module) -> Dict[int, str]:
         return dict(enumerate(ImageNetInfo(subset).label_descriptions())) if subset else {}
     # a dict names some classes only, and one of JSON has text for keys
     pairs = names.items() if isinstance(names, dict) else enumerate([*names])
-    descriptions: Any = cfg.get('label_descriptions') or {}
-    return {int(index): descriptions.get(name, name) for index, name in pairs}
+    descriptions = cfg.get('label_descriptions') or {}
+    return {int(index): str(descriptions.get(name, name)) for index, name in pairs}
 
 
 def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> None:

@@ -9,7 +9,6 @@ from PIL import Image, ImageOps
 from timm.data import ImageDataset, create_loader
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.task.evaluator import ClassificationEvaluator
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import UserError, reason
@@ -23,7 +22,6 @@ __all__ = [
     'image_mode',
     'read_image',
     'score',
-    'score_loader',
     'split_folder',
 ]
 
@@ -38,11 +36,7 @@ class Score(NamedTuple):
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UserError: The name is none, or the machine has no such device.
-    """
+    """The device of that name; a UserError if the name is none, or the machine has no such device."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -64,11 +58,7 @@ def check_finite(logits: torch.Tensor, source) -> None:
 
 
 def image_mode(data_config: Dict[str, Any]) -> str:
-    """Pillow's mode of the images that a network takes: 'L' for one channel, 'RGB' for three.
-
-    Raises:
-        ValueError: It takes another number.
-    """
+    """Pillow's mode of the images that a network takes: 'L' for one channel, 'RGB' for three, or a ValueError."""
     channels = data_config['input_size'][0]
     if channels not in (1, 3):
         raise ValueError(f'it takes {channels} channels, and images have 1 or 3')
@@ -100,15 +90,9 @@ def read_image(path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
 
 
 def split_folder(data_dir, split: str) -> Path:
-    """The folder of a split of the data.
-
-    Raises:
-        UserError: There is no such folder, or it is all of the data, training images included.
-    """
+    """The folder of a split of the data; a UserError if it is all of the data, training images included."""
     root = Path(data_dir, split)
-    if not os.path.isdir(root):
-        raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
-    if root.samefile(data_dir):
+    if root.resolve() == Path(data_dir).resolve():
         raise UserError(
             f'--split {split!r}: is all of {data_dir}, training images included; give the folder in it, such as '
             'validation'
@@ -156,16 +140,10 @@ class ImageFolder(ImageDataset):
 
 
 def check_same_classes(images: ImageFolder, training_root) -> None:
-    """Checks that images are of the classes that training images are of, whose order makes the labels.
+    """Raises a UserError unless images are of the classes of the training images, if these are there.
 
-    Args:
-        training_root: `{training_root}/<class>/<image>`; what isn't there isn't compared.
-
-    Raises:
-        UserError: A class is missing, or added, or has another name.
+    The order of the classes makes the labels.
     """
-    if not os.path.isdir(training_root):
-        return
     trained = set(find_images_and_targets(str(training_root), sort=False)[1])
     found = set(images.label_names)
     if trained and found != trained:
@@ -178,17 +156,18 @@ def check_same_classes(images: ImageFolder, training_root) -> None:
 
 def score(
     model: torch.nn.Module,
-    images: ImageFolder,
+    images: Any,
     data_config: Dict[str, Any],
     batch_size: int = 128,
     workers: int = 2,
     device: torch.device = torch.device('cpu'),
     desc: str = 'scoring',
 ) -> Score:
-    """Accuracy on a folder of images, with timm's loader and a progress bar on stderr.
+    """Accuracy on images, with timm's loader and a progress bar on stderr.
 
     Args:
         model: Images (B, C, height, width) to logits (B, num_classes).
+        images: An `ImageFolder`, or another data set with `label_names` whose transform timm's loader may set.
         data_config: Input size, mean, std, interpolation and crop, as `timm.data.resolve_data_config` gives them.
         desc: Label of the progress bar.
 
@@ -198,17 +177,6 @@ def score(
     loader = create_loader(
         images, **data_config, batch_size=batch_size, num_workers=workers, use_prefetcher=False, device=device
     )
-    return score_loader(model, loader, images.label_names, device, desc)
-
-
-def score_loader(
-    model: torch.nn.Module,
-    loader: DataLoader,
-    label_names: List[str],
-    device: torch.device = torch.device('cpu'),
-    desc: str = 'scoring',
-) -> Score:
-    """As `score`, on the batches (images, labels) of a loader."""
     evaluator = ClassificationEvaluator(device)
     model.to(device).eval()
     try:
@@ -223,4 +191,4 @@ def score_loader(
         raise UserError(str(error).rpartition(f'{UserError.__name__}: ')[2].strip()) from error
     model.cpu()
     metrics = evaluator.compute()
-    return Score(round(metrics['top1'], 3), round(metrics['top5'], 3), evaluator.num_samples, label_names)
+    return Score(round(metrics['top1'], 3), round(metrics['top5'], 3), evaluator.num_samples, images.label_names)
