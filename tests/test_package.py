@@ -14,14 +14,12 @@ import yaml
 from conftest import CLASSES, MODEL, full_disk
 from huggingface_hub import ModelCard
 from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.models import _registry, save_for_hf
+from timm.models import save_for_hf
 
 import timm_regnet_reg
-from timm_regnet_reg import pretrained
 from timm_regnet_reg.__main__ import main
-from timm_regnet_reg.blocks import ZeroPadShortcut
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.pretrained import WEIGHTS_FOLDER, file_sha256, trained_cfgs
+from timm_regnet_reg.pretrained import file_sha256
 from timm_regnet_reg.weights.folder import FILES, check_folder
 
 
@@ -304,60 +302,6 @@ def test_auxiliary_norms_are_left_out_and_that_is_told(trained, package, tmp_pat
     assert '| Split batch norm | the auxiliary norms are left out' in (folder / 'README.md').read_text()
 
 
-def test_arguments_of_the_network_are_kept(trained, package, tmp_path):
-    arguments = {'regulated_stages': [1], 'shortcut': 'pad'}
-    model = timm.create_model(MODEL, num_classes=3, **arguments).eval()
-
-    def change(checkpoint):
-        checkpoint['args'].model_kwargs = {**arguments, 'cache_dir': '/home/me/cache'}
-        checkpoint['state_dict'] = model.state_dict()
-
-    assert package(changed_checkpoint(trained, tmp_path / 'kwargs.pth.tar', change))[0] == 0
-    folder = check_folder(tmp_path / f'out/{MODEL}.tiny')
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(folder.model(images), model(images))
-    assert folder.config['model_args'].items() >= arguments.items() and 'cache_dir' not in folder.config['model_args']
-
-
-def test_arguments_recorded_with_packaged_weights_are_kept(trained, package, tmp_path, monkeypatch):
-    """train.py's create_model, too, makes the network with what was recorded with the weights of the default tag."""
-    folder = tmp_path / 'packaged' / f'{MODEL}.cifar10'
-    shutil.copytree(WEIGHTS_FOLDER / folder.name, folder)
-    config = json.loads((folder / 'config.json').read_text())
-    config['model_args']['shortcut'] = 'pad'
-    (folder / 'config.json').write_text(json.dumps(config))
-    monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', folder.parent)
-    for name in (MODEL, folder.name):  # where timm's registry has the default tag
-        monkeypatch.setitem(_registry._model_pretrained_cfgs, name, trained_cfgs()[folder.name])
-    model = timm.create_model(MODEL, num_classes=3).eval()
-    assert isinstance(model.layer2[0].downsample, ZeroPadShortcut)
-
-    def change(checkpoint):
-        checkpoint['state_dict'] = model.state_dict()
-
-    assert package(changed_checkpoint(trained, tmp_path / 'recorded.pth.tar', change))[0] == 0
-    kept = check_folder(tmp_path / f'out/{MODEL}.tiny')
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(kept.model(images), model(images)) and kept.config['model_args']['shortcut'] == 'pad'
-
-
-def test_network_of_a_backbone_without_a_name_of_its_own_is_kept(trained, package, tmp_path):
-    """As `train.py --model regnet_reg --model-kwargs backbone=… cell=…` trains it."""
-    arguments = {'backbone': 'cifar_resnet20', 'cell': 'convgru', 'regulated_stages': [2]}
-    model = timm.create_model('regnet_reg', num_classes=3, **arguments).eval()
-
-    def change(checkpoint):
-        checkpoint['args'].model, checkpoint['args'].model_kwargs = 'regnet_reg', arguments
-        checkpoint['args'].input_size = [3, 32, 32]
-        checkpoint['state_dict'] = model.state_dict()
-
-    path = changed_checkpoint(trained, tmp_path / 'generic.pth.tar', change)
-    assert package(path, model='regnet_reg')[0] == 0
-    loaded = timm.create_model(f'local-dir:{tmp_path}/out/regnet_reg.tiny', pretrained=True).eval()
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(loaded(images), model(images))
-
-
 # Where a run started
 
 
@@ -384,6 +328,21 @@ def assert_packaged(tmp_path, network, model=MODEL, **arguments):
     assert options['model'] == model and options.get('model_kwargs', {}).items() >= arguments.items()
     texts = (folder.path / 'README.md').read_text() + (folder.path / 'config.json').read_text()
     assert 'my-network' not in texts, "a place of ones own is nobody else's business"
+
+
+@pytest.mark.parametrize(
+    'model, arguments',
+    [
+        (MODEL, {'regulated_stages': [1], 'shortcut': 'pad'}),
+        ('regnet_reg', {'backbone': 'cifar_resnet20', 'cell': 'convgru', 'regulated_stages': [2]}),
+    ],
+)
+def test_arguments_of_the_network_are_kept(started, tmp_path, model, arguments):
+    """As `train.py --model … --model-kwargs …` gives them."""
+    network = timm.create_model(model, num_classes=3, **arguments).eval()
+    given = {**arguments, 'cache_dir': '/home/me/my-network'}
+    assert started(model, network, model=model, model_kwargs=given, input_size=[3, 32, 32])[0] == 0
+    assert_packaged(tmp_path, network, model, **arguments)
 
 
 @pytest.mark.parametrize(
