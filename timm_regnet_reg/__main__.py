@@ -84,11 +84,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     Returns:
         Exit code: 0 on success, 1 after an error that a line on stderr tells, 130 after an interrupt, 141 when nobody
-        reads the output any more.
-
-    Raises:
-        SystemExit: With code 2 on arguments that don't parse, 0 after ``--help``, 128 + its number after a signal, and
-            whatever a script run by ``run`` exits with. Any other error of such a script passes through, too.
+        reads the output any more. SystemExit carries 2 for arguments that don't parse and 128 + its number after a
+        signal. Whatever a script run by ``run`` raises passes through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ['help']:

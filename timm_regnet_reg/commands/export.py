@@ -3,7 +3,7 @@
     regnet-reg export net.onnx
     regnet-reg export net.onnx --model local-dir:FOLDER --int8 DIR
 
-The network is folded first (timm's reparameterize_model). The file takes `images` (batch, channels, height, width) in
+The network is reparameterised first (by timm's reparameterize_model). The file takes `images` (batch, channels, height, width) in
 batches of any size, in the image size of the model's config and normalised as it says, and gives `logits`. It is run in
 ONNX Runtime and compared with the PyTorch model before it is kept, all on the CPU.
 
@@ -61,13 +61,12 @@ def export_onnx(model: nn.Module, path) -> None:
     """Write a timm network in evaluation mode, on the CPU, as one ONNX file for batches of any size."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    # inside another module, as reparameterize_model asks everything to fold itself but the module that it is given
+    # inside another module, as reparameterize_model asks everything but the module that it is given
     model = reparameterize_model(nn.Sequential(model))[0].eval()
+    images = torch.zeros(2, *resolve_data_config(model=model)['input_size'])  # 1 would be taken for a constant
     program = torch.onnx.export(
         model,
-        (
-            torch.zeros(2, *resolve_data_config(model=model)['input_size']),
-        ),  # 2, as torch.export takes a size of 1 for a constant
+        (images,),
         dynamo=True,
         opset_version=OPSET,
         input_names=['images'],
