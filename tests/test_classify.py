@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.weights import inference
-from timm_regnet_reg.weights.inference import class_labels, load_model, predict, read_image
+from timm_regnet_reg.weights.inference import class_labels, load_model, predict
+from timm_regnet_reg.weights.scoring import read_image
 
 
 @pytest.fixture

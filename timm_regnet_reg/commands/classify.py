@@ -14,7 +14,8 @@ import json
 from tqdm import tqdm
 
 from ..arguments import add_device, add_model, positive
-from ..weights.inference import find_images, load_model, predict, prediction_lines, read_image
+from ..weights.inference import find_images, load_model, predict, prediction_lines
+from ..weights.scoring import read_image
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,9 +3,9 @@
     regnet-reg export net.onnx
     regnet-reg export net.onnx --model local-dir:FOLDER --int8 DIR
 
-The network is reparameterised first (by timm's reparameterize_model). The file takes `images` (batch, channels, height, width) in
-batches of any size, in the image size of the model's config and normalised as it says, and gives `logits`. It is run in
-ONNX Runtime and compared with the PyTorch model before it is kept, all on the CPU.
+The network is reparameterised first (by timm's reparameterize_model). The file takes `images` (batch, channels, height,
+width) in batches of any size, in the image size of the model's config and normalised as it says, and gives `logits`. It
+is run in ONNX Runtime and compared with the PyTorch model before it is kept, all on the CPU.
 
 With --int8, net.int8.onnx is written beside net.onnx: quantised by ONNX Runtime, calibrated on 512 images of
 DIR/train/<class>/<image>, without the border that `regnet-reg cifar` gives them. Both files are scored on

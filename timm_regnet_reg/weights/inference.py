@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from timm.models import is_model
 
 from ..errors import UserError, reason
-from .scoring import check_device, check_finite, image_mode, read_image
+from .scoring import check_device, check_finite, image_mode
 
 __all__ = [
     'Prediction',
@@ -22,7 +22,6 @@ __all__ = [
     'load_model',
     'predict',
     'prediction_lines',
-    'read_image',
     'try_image',
 ]
 
