@@ -452,7 +452,6 @@ def test_full_disk_is_told_and_leaves_nothing(run, packaged, tmp_path, monkeypat
     'args, message',
     [
         (['net.pt'], 'ends in .onnx'),
-        (['nowhere/net.onnx'], 'nowhere: no such folder'),
         (['net.onnx', '--model', 'resnet51'], 'not a model that timm knows'),
         (['net.onnx', '--int8', 'nowhere'], 'nowhere/train: no such folder'),
         (['net.onnx', '--int8', ''], 'train: no such folder'),

@@ -168,14 +168,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise UserError(f'export needs {" and ".join(missing)}, not installed here; {INSTALL}')
     output = Path(args.output)
     if output.suffix != '.onnx':
         raise UserError(f'{output}: expected a file name that ends in .onnx')
-    if not output.parent.is_dir():
-        raise UserError(f'{output.parent}: no such folder; create it, or give an OUTPUT elsewhere')
     quantized = output.with_suffix('.int8.onnx')
     for path in (output, quantized) if args.int8 is not None else (output,):
         check_writable(path)
@@ -199,7 +196,6 @@ def main(args: argparse.Namespace) -> None:
     )
     if args.int8 is None:
         return
-
     full = score(OnnxModel(output, model.num_classes), validation, data_config, desc='scoring float32')
     with replacing(quantized) as file:
         loader = DataLoader(calibration, batch_size=32)

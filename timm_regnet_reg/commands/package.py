@@ -24,7 +24,7 @@ from timm.utils import load_checkpoint_metadata
 from ..arguments import add_data, add_device, count, positive, words
 from ..errors import UserError, reason
 from ..pretrained import check_weights
-from ..weights.folder import check_replaceable, model_card, save_folder
+from ..weights.folder import check_replaceable, save_folder
 from ..weights.inference import try_image
 from ..weights.scoring import ImageFolder, check_device, check_same_classes, score, split_folder
 
@@ -182,8 +182,7 @@ def main(args: argparse.Namespace) -> None:
     if not TAG.fullmatch(args.tag):
         raise UserError(f'--tag {args.tag}: expected letters, digits and "_" only, 64 at most, such as cifar10')
     device = check_device(args.device)
-    name = f'{args.model}.{args.tag}'
-    output = Path(args.output, name)
+    output = Path(args.output, f'{args.model}.{args.tag}')
     check_replaceable(output, args.overwrite)
     root = split_folder(args.data_dir, args.split)
     state_dict, train_args, epochs = read_checkpoint(args.checkpoint, args.use_ema)
@@ -210,16 +209,7 @@ def main(args: argparse.Namespace) -> None:
         'Input': f'{" x ".join(map(str, data_config["input_size"]))}, {data_config["interpolation"]}, '
         f'{data_config["crop_mode"]} crop of {data_config["crop_pct"]}',
     }
-    folder = save_folder(
-        model,
-        output,
-        tag=args.tag,
-        card=model_card(name, result, args.data_name, args.license, details, reproduce),
-        label_names=result.label_names,
-        license=args.license,
-        data_config=data_config,
-        overwrite=args.overwrite,
-    )
-    print(f'{folder}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images')
+    save_folder(model, output, result, args.data_name, args.license, details, reproduce, data_config, args.overwrite)
+    print(f'{output}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images')
     if auxiliary:
         print(f'Split batch norm: {AUXILIARY}')

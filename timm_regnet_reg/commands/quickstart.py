@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from ..arguments import DEFAULT_MODEL
 from ..errors import UserError
-from ..weights.folder import check_replaceable, model_card, save_folder
+from ..weights.folder import check_replaceable, save_folder
 from ..weights.inference import load_model, predict, prediction_lines
 from ..weights.scoring import score
 
 __all__ = ['Digits', 'quickstart']
 
 PHOTOGRAPH = 'flower.jpg'
-TAG = 'digits'
+NAME = f'{DEFAULT_MODEL}.digits'
 EPOCHS = 3
 HELD_OUT = 360  # of 1,797 images
 BATCH_SIZE = 32
@@ -41,12 +41,7 @@ INSTALL = 'pip install "timm-regnet-reg[quickstart]"'
 
 
 class Digits(torch.utils.data.Dataset):
-    """Images of digits and their values; timm's loader sets `transform`.
-
-    Args:
-        images: Grey values from 0 to 16 (number of images, 8, 8), as scikit-learn has them.
-        labels: The digits (number of images,).
-    """
+    """Digits as grey values from 0 to 16 (n, 8, 8), and their labels (n,); timm's loader sets `transform`."""
 
     label_names = [str(digit) for digit in range(10)]
 
@@ -119,8 +114,8 @@ def quickstart(output, epochs: int = EPOCHS, max_images: Optional[int] = None) -
     model = load_model(DEFAULT_MODEL)
     cfg = model.pretrained_cfg
     data_config = resolve_data_config(model=model)
-    name = f'{DEFAULT_MODEL}.{TAG}'
-    check_replaceable(Path(output, name))
+    folder = Path(output, NAME)
+    check_replaceable(folder)
     _say(
         1,
         f'Load {DEFAULT_MODEL}, a ResNet-20 regulated by a ConvLSTM, trained on CIFAR-10',
@@ -164,7 +159,6 @@ def quickstart(output, epochs: int = EPOCHS, max_images: Optional[int] = None) -
     )
 
     expected = _logits(model, held_out)
-    license = cfg['license']
     details = {
         'Started from': f'{DEFAULT_MODEL}.{cfg["tag"]}',
         'Recipe': f'quickstart, AdamW with learning rate {LEARNING_RATE}, cosine schedule',
@@ -175,15 +169,7 @@ def quickstart(output, epochs: int = EPOCHS, max_images: Optional[int] = None) -
     data = f"{after.images} held-out images of scikit-learn's handwritten digits"
     # what the config says of the CIFAR-10 weights isn't true of these
     cfg.update(label_names=None, label_descriptions=None, description=None)
-    folder = save_folder(
-        model,
-        Path(output, name),
-        tag=TAG,
-        card=model_card(name, after, data, license, details, '`regnet-reg quickstart`'),
-        label_names=held_out.label_names,
-        license=license,
-        data_config=data_config,
-    )
+    save_folder(model, folder, after, data, cfg['license'], details, '`regnet-reg quickstart`', data_config)
     _say(
         4,
         f'Save it: {folder}',
@@ -194,8 +180,7 @@ def quickstart(output, epochs: int = EPOCHS, max_images: Optional[int] = None) -
     difference = (_logits(loaded, held_out) - expected).abs().max().item()
     if difference != 0:
         raise RuntimeError(
-            f'The network loaded from {folder} is not the one that was saved: on the held-out images its outputs '
-            f'differ by up to {difference}, expected 0.'
+            f'The network loaded from {folder} is not the one that was saved: outputs differ by {difference}'
         )
     _say(
         5,
@@ -207,12 +192,8 @@ def quickstart(output, epochs: int = EPOCHS, max_images: Optional[int] = None) -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--output',
-        default='.',
-        metavar='DIR',
-        help=f'where {DEFAULT_MODEL}.digits/ goes; one from an earlier run is replaced (default: here)',
-    )
+    told = f'where {NAME}/ goes; one from an earlier run is replaced (default: here)'
+    parser.add_argument('--output', default='.', metavar='DIR', help=told)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import platform
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple
 
 import timm
 import torch
@@ -20,7 +20,7 @@ from .files import check_writable, replacing
 from .inference import load_model
 from .scoring import Score
 
-__all__ = ['FILES', 'Folder', 'check_folder', 'check_replaceable', 'model_card', 'save_folder']
+__all__ = ['FILES', 'Folder', 'check_folder', 'check_replaceable', 'save_folder']
 
 CONFIG, WEIGHTS, CARD = FILES = ('config.json', 'model.safetensors', 'README.md')
 TOP1, TOP5 = 'Top-1 accuracy', 'Top-5 accuracy'
@@ -35,15 +35,7 @@ class Folder(NamedTuple):
     model: torch.nn.Module
 
 
-def model_card(name: str, result: Score, data: str, license: str, details: Dict[str, Any], reproduce: str) -> str:
-    """The text of README.md.
-
-    Args:
-        name: `{model}.{tag}`.
-        data: What the images are, in words.
-        details: The rows of the table about the training, and anything else the reader must know.
-        reproduce: Markdown that says how to get these weights again.
-    """
+def _model_card(name: str, result: Score, data: str, license: str, details: Dict[str, Any], reproduce: str) -> str:
     common = dict(
         task_type='image-classification', dataset_type='imagefolder', dataset_name=data, metric_type='accuracy'
     )
@@ -97,10 +89,7 @@ model = timm.create_model('local-dir:{name}', pretrained=True)  # on the Hub: 'h
 
 
 def check_replaceable(folder, overwrite: bool = False) -> None:
-    """Checks before the work that `save_folder` can write there.
-
-    Args:
-        overwrite: A card that isn't as it was written may be replaced.
+    """Checks before the work that `save_folder` can write there; `overwrite` allows for a card edited by hand.
 
     Raises:
         UserError: The place can't be written, or holds files that are not of this kind, or a card edited by hand.
@@ -109,8 +98,7 @@ def check_replaceable(folder, overwrite: bool = False) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         return
-    foreign = sorted({*os.listdir(folder)} - {*FILES})
-    if foreign:
+    if foreign := sorted({*os.listdir(folder)} - {*FILES}):
         raise UserError(f'{folder}: not replaced, for it is more than a model ({", ".join(foreign)}); move it away')
     if overwrite or not (folder / CARD).exists():
         return
@@ -128,31 +116,35 @@ def check_replaceable(folder, overwrite: bool = False) -> None:
 def save_folder(
     model: torch.nn.Module,
     folder,
-    tag: str,
-    card: str,
-    label_names: List[str],
+    result: Score,
+    data: str,
     license: str,
-    data_config: Optional[Dict[str, Any]] = None,
+    details: Dict[str, Any],
+    reproduce: str,
+    data_config: Dict[str, Any],
     overwrite: bool = False,
 ) -> Path:
-    """Writes `config.json`, `model.safetensors` and `README.md` as a whole or not at all.
-
-    Everything is checked before it takes the place of an earlier folder of that name.
+    """Writes `config.json`, `model.safetensors` and `README.md`, checked, as a whole or not at all.
 
     Args:
-        card: The text of README.md, as `model_card` makes it.
-        data_config: Input size, mean, std, interpolation and crop to record; by default the model's own.
+        folder: `…/{model}.{tag}`.
+        data: What the images are that were scored, in words.
+        details: The rows of the card's table about the training, and anything else the reader must know.
+        reproduce: Markdown that says how to get these weights again.
+        data_config: Input size, mean, std, interpolation and crop to record.
         overwrite: As of `check_replaceable`.
 
     Raises:
         UserError: The disk is full or not writable, or the target holds other files or a card edited by hand.
     """
     check_replaceable(folder, overwrite)
+    name = Path(folder).name
+    told = {'tag': name.partition('.')[2], 'license': license}
     with replacing(folder, folder=True) as new:
         save_for_hf(
             model,
             str(new),
-            model_config={'label_names': label_names, 'pretrained_cfg': {'tag': tag, 'license': license}},
+            model_config={'label_names': result.label_names, 'pretrained_cfg': told},
             safe_serialization=True,
             data_config=data_config,
         )
@@ -160,7 +152,7 @@ def save_folder(
             shutil.copymode(new / CONFIG, new / WEIGHTS)
         config = json.loads((new / CONFIG).read_text(encoding='utf-8'))
         config['sha256'] = file_sha256(new / WEIGHTS)
-        (new / CARD).write_text(card, encoding='utf-8')
+        (new / CARD).write_text(_model_card(name, result, data, license, details, reproduce), encoding='utf-8')
         config['card_sha256'] = file_sha256(new / CARD)
         (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         check_folder(new)

@@ -152,12 +152,9 @@ def find_images(names: Iterable[str]) -> List[str]:
 def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5) -> List[List[Prediction]]:
     """Each image's `topk` most probable classes (all of them if there are fewer), the most probable first.
 
-    The images are prepared as the model's config says, and read only as they are needed.
-
     Args:
-        model: A classifier of timm in evaluation mode.
-        images: Images of any size and mode with 8 bits a channel.
-        topk: Number of classes.
+        model: A classifier of timm in evaluation mode, which says how images are prepared.
+        images: Images with 8 bits a channel, read only as they are needed.
 
     Raises:
         UserError: The outputs aren't finite.

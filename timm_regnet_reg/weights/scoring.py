@@ -109,7 +109,7 @@ class ImageFolder(ImageDataset):
         transform: What prepares an image; timm's loader sets its own.
 
     Raises:
-        UserError: There is no such folder, or it holds no images, another number of classes, or a class twice.
+        UserError: There is no such folder, or it holds no images or another number of classes.
     """
 
     def __init__(self, root, data_config: Dict[str, Any], num_classes: int, transform=None) -> None:
@@ -120,13 +120,6 @@ class ImageFolder(ImageDataset):
         except RuntimeError as error:
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
         self.label_names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
-        folders = sorted({os.path.dirname(name) for name in self.filenames(absolute=True)})
-        names = [os.path.basename(folder) for folder in folders]
-        if twice := [folder for folder, name in zip(folders, names) if names.count(name) > 1]:
-            raise UserError(
-                f'{root}: holds a class twice ({", ".join(twice[:2])}, …), which would be taken together; expected '
-                f'{root}/<class>/<image>'
-            )
         if len(self.label_names) != num_classes:
             raise UserError(
                 f'{root}: holds {len(self.label_names)} classes ({", ".join(self.label_names[:4])}, …), but the model '
