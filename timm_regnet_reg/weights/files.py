@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -117,27 +116,3 @@ def _sync(path: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
             raise
-
-
-def lock_folder(folder: Path, seconds: float) -> int:
-    """Locks a folder until its file descriptor is closed here and in all processes that inherited it.
-
-    Raises:
-        UserError: Another process holds it for longer than these seconds, or the system knows no such locks.
-    """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise UserError(f'{folder}: cannot be locked on this system; Linux and macOS can') from error
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError as error:
-            if time.monotonic() > end:
-                os.close(descriptor)
-                raise UserError(f'{folder}: is in use by another process; wait for it, or stop it') from error
-            time.sleep(0.1)
