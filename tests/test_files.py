@@ -89,7 +89,6 @@ def test_a_link_stays_a_link(tmp_path, folder):
     'path, folder, words',
     [
         ('x' * 300, False, 'File name too long'),
-        ('x' * 300 + '/y', False, 'File name too long'),
         ('missing/' + 'x' * 300, False, 'File name too long'),
         ('/proc/x', False, 'cannot be written'),
         ('file/x', False, 'Not a directory'),

@@ -48,6 +48,7 @@ from ..arguments import add_device, positive
 from ..arguments import count as whole_number
 from ..errors import UserError, reason
 from ..papers import resident
+from ..papers.cifar import CLASSES, SIZES
 from ..papers.flops import count
 from ..papers.plots import plot_folder
 from ..papers.results import TABLES, Row, Run, add_result, draw, read_results, report
@@ -220,8 +221,8 @@ def main(args: argparse.Namespace) -> None:
     if not args.train_py:
         resident.check_recipe(recipe)
     device = check_device(args.device)
-    classes = int(args.dataset.removeprefix('cifar'))
-    counts = {split: len(resident.find_images(args.data_dir, split, classes)) for split in resident.SIZES}
+    classes = CLASSES[args.dataset]
+    counts = {split: len(resident.find_images(args.data_dir, split, classes)) for split in SIZES}
     engine = 'train.py' if args.train_py else 'resident'
     runs = {
         run: Path(args.output, run.name).absolute()

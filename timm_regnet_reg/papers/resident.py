@@ -18,7 +18,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -28,12 +27,13 @@ from torch import Tensor, nn
 
 from ..errors import UserError, reason
 from ..weights.files import replacing
+from ..weights.scoring import read_image
+from .cifar import SIZES
 from .results import Row, Run
 
 __all__ = ['Images', 'Network', 'check_recipe', 'find_images', 'learning_rates', 'read_images', 'train', 'views']
 
 SAVE_SECONDS = 30
-SIZES = {'train': 40, 'validation': 32}  # of the images
 
 # what may be the matter with one network; others go on
 TROUBLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
@@ -99,11 +99,7 @@ class Images(NamedTuple):
 
 
 def _read_image(path: str, size: int) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert('RGB'))
-    except Exception as error:  # decoders raise whatever they stumble over in a damaged file
-        raise UserError(f'{path}: cannot be read as an image ({reason(error)}); get it again') from error
+    pixels = np.asarray(read_image(path, upright=False))
     if pixels.shape != (size, size, 3):
         height, width, _ = pixels.shape
         raise UserError(

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..weights.files import locked, replacing
+from .cifar import CLASSES
 
 __all__ = ['COLUMNS', 'ROWS', 'TABLES', 'Row', 'Run', 'add_result', 'draw', 'read_results', 'report']
 
@@ -104,7 +105,7 @@ class Run:
 
     @property
     def classes(self) -> int:
-        return int(self.dataset.removeprefix('cifar'))
+        return CLASSES[self.dataset]
 
     @property
     def identity(self) -> Dict[str, str]:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,8 +13,6 @@ from safetensors import SafetensorError
 from ..errors import UserError
 
 __all__ = ['check_writable', 'locked', 'replacing']
-
-_DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 def check_writable(path, folder: bool = False) -> None:
@@ -30,10 +27,10 @@ def check_writable(path, folder: bool = False) -> None:
     target = Path(os.path.realpath(path))
     try:
         place = target.parent
-        while not _exists(place):  # folders on the way are made when they are needed
+        while not place.exists():  # folders on the way are made when they are needed
             place = place.parent
         with _temporary(target, place):
-            other_kind = _exists(target) and target.is_dir() != folder
+            other_kind = target.exists() and target.is_dir() != folder
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror or error}); choose another output') from error
     if other_kind:
@@ -60,16 +57,15 @@ def replacing(path, folder: bool = False) -> Iterator[Path]:
         with _temporary(target, target.parent) as hidden:
             new, old = Path(hidden, target.name), Path(hidden, 'old')
             yield new
-            for written in (*new.rglob('*'), new):
+            for written in (new, *new.rglob('*')):
                 _sync(written)
-            if folder and target.exists():  # `os.replace` replaces a file, but no folder
-                os.rename(target, old)
             try:
+                if folder and target.exists():  # `os.replace` replaces a file, but no folder
+                    os.rename(target, old)
                 os.replace(new, target)
-            except BaseException:
-                if old.exists():
+            finally:
+                if old.exists() and not target.exists():
                     os.rename(old, target)
-                raise
     except (OSError, SafetensorError) as error:
         state = 'What was there is unchanged' if target.exists() else 'Nothing half written was left behind'
         raise UserError(
@@ -81,7 +77,7 @@ def replacing(path, folder: bool = False) -> Iterator[Path]:
 def locked(path, seconds: float) -> Iterator[None]:
     """Holds the lock of a file or folder, a file `.{name}.lock` beside it, while the block runs.
 
-    Where the system has no locks, the file's existence is the lock, and after a crash it may have to be removed by hand.
+    Where the system has no locks, the file's existence is the lock, which may have to be removed by hand after a crash.
 
     Raises:
         UserError: Another process holds it for longer than these seconds, or nothing can be written there.
@@ -112,48 +108,11 @@ def _temporary(target: Path, place: Path) -> TemporaryDirectory:
     return TemporaryDirectory(prefix=f'.{target.name}.', dir=place, ignore_cleanup_errors=True)
 
 
-def _exists(path: Path) -> bool:
-    """Unlike `Path.exists`, with an error if that can't be told (a name that is too long, say)."""
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def _sync(path: Path) -> None:
-    """Has a file reach the disk, where the system can do that: a full one may show only then."""
+    """Has a file reach the disk, which may turn out to be full only then. Not all file systems can."""
     try:
-        if path.is_file():
-            handle = os.open(path, os.O_RDWR)  # Windows syncs no read-only handles
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        with open(path, 'rb+') as file:  # Windows syncs no read-only handles
+            os.fsync(file.fileno())
     except OSError as error:
-        if error.errno in _DISK_FAILS:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
             raise
-
-
-def lock_folder(folder: Path, seconds: float) -> int:
-    """Locks a folder until its file descriptor is closed here and in all processes that inherited it.
-
-    Raises:
-        UserError: Another process holds it for longer than these seconds, or the system knows no such locks.
-    """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise UserError(f'{folder}: cannot be locked on this system; Linux and macOS can') from error
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError as error:
-            if time.monotonic() > end:
-                os.close(descriptor)
-                raise UserError(f'{folder}: is in use by another process; wait for it, or stop it') from error
-            time.sleep(0.1)
