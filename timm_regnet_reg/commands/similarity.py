@@ -25,7 +25,6 @@ import argparse
 import csv
 import itertools
 import math
-import os
 import random
 import re
 from pathlib import Path
@@ -38,13 +37,13 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import ResNet
 from tqdm import tqdm
 
-from ..arguments import add_device, positive
+from ..arguments import add_data, add_device, positive
 from ..errors import UserError
 from ..papers import tables
 from ..papers.plots import plot_folder
 from ..weights.files import replacing
-from ..weights.inference import find_images, load_model, read_image
-from ..weights.scoring import check_device
+from ..weights.inference import find_images, load_model
+from ..weights.scoring import check_device, image_mode, read_image, split_folder
 
 __all__ = ['CKA', 'COSINE', 'Similarity', 'similarity']
 
@@ -190,9 +189,9 @@ def _batches(model: ResNet, batches: List[List[str]], device: str, name: str) ->
     """The images of the files, batch by batch, as the model takes them."""
     config = resolve_data_config(model=model)
     transform = create_transform(**config, is_training=False)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    mode = image_mode(config)
     for paths in tqdm(batches, desc=name, unit='batch', leave=False, disable=None):
-        yield torch.stack([transform(read_image(path).convert(mode)) for path in paths]).to(device)
+        yield torch.stack([transform(read_image(path, mode)) for path in paths]).to(device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -202,8 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs='+',
         help="a ResNet of timm's with weights, plain or regulated, hf-hub:OWNER/NAME or local-dir:FOLDER",
     )
-    parser.add_argument('--data-dir', required=True, metavar='DIR', help='holds {split}/<class>/<image>')
-    parser.add_argument('--split', default='validation', help='folder of the images (default: %(default)s)')
+    add_data(parser)
     parser.add_argument(
         '--images',
         type=positive,
@@ -225,8 +223,8 @@ def main(args: argparse.Namespace) -> None:
     """
     output = plot_folder(args.output)
     check_device(args.device)
-    root = os.path.join(args.data_dir, args.split)
-    paths = find_images([root])
+    root = split_folder(args.data_dir, args.split)
+    paths = find_images([str(root)])
     sample = random.Random(0).sample(paths, min(args.images, len(paths)))
     if len(sample) < LEAST:
         raise UserError(f'{len(sample)} of the {len(paths)} images of {root}: give {LEAST} or more')
