@@ -73,36 +73,29 @@ def test_the_state_counts_in_these_networks(name):
     assert (outputs(model, images()) - with_state).abs().max() > 0.05 * with_state.abs().max()
 
 
-def test_pytorch_grad_cam_explains_the_last_block(model):
-    image = client('pytorch_grad_cam.utils.image')
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+@pytest.mark.parametrize('library', ['pytorch_grad_cam', 'torchcam', 'captum'])
+def test_the_last_block_is_explained(library, model):
+    client(library)
+    x, block, expected = images(1), model.layer4[-1], grad_cam(model, images(1), label=3)
+    if library == 'captum':
+        from captum.attr import LayerGradCam
 
-    x = images()
-    with GradCAM(model=model, target_layers=[model.layer4[-1]]) as cam:
-        found = cam(input_tensor=x, targets=[ClassifierOutputTarget(3)] * len(x))
-    expected = image.scale_cam_image(grad_cam(model, x, 3).numpy(), (64, 64))
-    assert_close(torch.from_numpy(found), torch.from_numpy(expected))
+        found = LayerGradCam(model, block).attribute(x, target=3, relu_attributions=True)[:, 0].detach()
+    elif library == 'torchcam':
+        from torchcam.methods import GradCAM
 
+        with GradCAM(model, target_layer=block) as extractor:
+            (found,) = extractor(3, model(x))
+        expected = (expected - expected.min()) / (expected - expected.min()).max()
+    else:
+        from pytorch_grad_cam import GradCAM
+        from pytorch_grad_cam.utils.image import scale_cam_image
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-def test_torchcam_explains_the_last_block(model):
-    client('torchcam')
-    from torchcam.methods import GradCAM
-
-    x = images(1)
-    with GradCAM(model, target_layer=model.layer4[-1]) as extractor:
-        (found,) = extractor(3, model(x))
-    expected = grad_cam(model, x, 3)
-    expected -= expected.min()
-    assert_close(found, expected / expected.max())
-
-
-def test_captum_explains_the_last_block(model):
-    client('captum')
-    from captum.attr import LayerGradCam
-
-    found = LayerGradCam(model, model.layer4[-1]).attribute(images(), target=3, relu_attributions=True)
-    assert_close(found.detach()[:, 0], grad_cam(model, images(), 3))
+        with GradCAM(model=model, target_layers=[block]) as cam:
+            found = torch.from_numpy(cam(input_tensor=x, targets=[ClassifierOutputTarget(3)]))
+        expected = torch.from_numpy(scale_cam_image(expected.numpy(), (64, 64)))
+    assert_close(found, expected)
 
 
 def test_peft_adapts_the_fusions(model):
@@ -210,3 +203,14 @@ def test_accelerate_loads_a_whole_checkpoint_and_no_other(model, tmp_path):
     if any('fusion' in name for name in model.state_dict()):
         with pytest.raises(NotImplementedError, match='meta tensor'):
             load(lively('resnet18', **SMALL).state_dict())
+
+
+@pytest.mark.parametrize('name', NETWORKS[1:])
+def test_what_is_materialised_by_hand_starts_as_the_plain_network(name):
+    plain, network = lively('resnet18', **SMALL), timm.create_model(name, num_classes=10, device='meta', **SMALL)
+    network.to_empty(device='cpu').eval()
+    for tensor in network.state_dict().values():  # what memory may hold
+        tensor.fill_(float('nan') if tensor.is_floating_point() else -1)
+    network.init_weights()
+    network.load_state_dict(plain.state_dict(), strict=False)
+    assert_close(outputs(network, images()), outputs(plain, images()))
