@@ -1,10 +1,8 @@
-"""Heavy clients, which no test installs: run each that is installed on a plain and on the regulated networks.
+"""Heavy clients, which no test installs: `python tests/heavy_clients.py [CLIENT ...]` tries those that are installed.
 
-    python tests/heavy_clients.py [CLIENT ...]
-
-prints a Markdown table: the largest difference to torch's outputs, relative to the largest of these, or the error in
-a few words. Every row is a process of its own with a time limit: a crash or a hang loses one cell of the table. Core ML
-predicts on Apple's machines alone; here its program is run operation by operation, by torch.
+It prints a Markdown table: the largest difference to torch's outputs, relative to the largest of these, or the error
+in a few words. Every row is a process of its own with a time limit: a crash or a hang loses one cell of the table.
+Core ML predicts on Apple's machines alone; here its program is run operation by operation, by torch.
 """
 
 import argparse
@@ -21,16 +19,11 @@ import traceback
 import test_clients
 import torch
 import torch.nn.functional as F
-from test_clients import distinct_initializers, images, lively, outputs
+from test_clients import images, lively, outputs
 from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
-NETWORKS = {
-    'plain': 'resnet18',
-    'ConvRNN': 'regnet_reg_resnet18_convrnn',
-    'ConvGRU': 'regnet_reg_resnet18_convgru',
-    'ConvLSTM': 'regnet_reg_resnet18_convlstm',
-}
+NETWORKS = dict(zip(('plain', 'ConvRNN', 'ConvGRU', 'ConvLSTM'), test_clients.NETWORKS))
 LIMIT = 600  # seconds a process
 
 
@@ -61,7 +54,7 @@ def run_mil(program, x):
         return torch.as_tensor(var.val) if getattr(var.val, 'ndim', 0) else var.val
 
     def pad(i):  # before and after each dimension, the last one first
-        return torch.as_tensor(i['pad']).view(-1, 2).flip(0).flatten().tolist() if i['pad_type'] == 'custom' else [0]
+        return torch.as_tensor(i['pad']).view(-1, 2).flip(0).flatten().tolist() if i['pad_type'] == 'custom' else [0, 0]
 
     def conv(i):
         size = i['strides'].tolist(), 0, i['dilations'].tolist(), int(i['groups'])
@@ -75,15 +68,11 @@ def run_mil(program, x):
         'conv': conv,
         'max_pool': max_pool,
         'batch_norm': lambda i: F.batch_norm(i['x'], i['mean'], i['variance'], i['gamma'], i['beta'], eps=i['epsilon']),
-        'linear': lambda i: F.linear(i['x'], i['weight'], i.get('bias')),
+        'linear': lambda i: F.linear(i['x'], i['weight'], i['bias']),
         'reduce_mean': lambda i: i['x'].mean(i['axes'].tolist(), keepdim=bool(i['keep_dims'])),
         'reshape': lambda i: i['x'].reshape(i['shape'].tolist()),
-        'relu': lambda i: i['x'].relu(),
-        'sigmoid': lambda i: i['x'].sigmoid(),
-        'tanh': lambda i: i['x'].tanh(),
-        'add': lambda i: i['x'] + i['y'],
-        'sub': lambda i: i['x'] - i['y'],
-        'mul': lambda i: i['x'] * i['y'],
+        **{name: lambda i, f=getattr(torch, name): f(i['x']) for name in ('relu', 'sigmoid', 'tanh')},
+        **{name: lambda i, f=getattr(torch, name): f(i['x'], i['y']) for name in ('add', 'sub', 'mul')},
     }
     for op in function.operations:
         if op.op_type != 'const':
@@ -127,15 +116,6 @@ def executorch(model, x, folder):
 def aotinductor(model, x, folder):
     path = torch._inductor.aoti_compile_and_package(torch.export.export(model, (x,)), package_path=f'{folder}/m.pt2')
     return difference(outputs(torch._inductor.aoti_load_package(path), x), outputs(model, x))
-
-
-def onnx2torch(model, x, folder):
-    import onnx
-    import onnx2torch
-
-    torch.onnx.export(model, (x,), 'model.onnx', dynamo=False, opset_version=13)
-    converted = onnx2torch.convert(distinct_initializers(onnx.load('model.onnx')))
-    return difference(outputs(converted, x), outputs(model, x))
 
 
 # Quantisation: the differences are those of int8
@@ -188,32 +168,19 @@ def opacus(model, x, folder):
     return f'{found.abs().max():.0e}'
 
 
+def thop(model, x, folder):
+    """Multiply-adds that it sees, of those that torch's own counter sees."""
+    import thop
+
+    with FlopCounterMode(display=False) as counter:
+        outputs(model, x)
+    return f'{2 * thop.profile(copy.deepcopy(model), (x,), verbose=False)[0] / counter.get_total_flops():.1%}'
+
+
 def torch_pruning(model, x, folder):
     before = sum(p.numel() for p in model.parameters())
     test_clients.test_torch_pruning_ends_and_leaves_the_cells_alone(model)
     return f'{sum(p.numel() for p in model.parameters()) / before:.0%} of the parameters left'
-
-
-# Counters: multiply-adds that they see, of those that torch's own counter sees
-
-
-def counted(count, model, x):
-    with FlopCounterMode(display=False) as counter:
-        outputs(model, x)
-    return f'{2 * count / counter.get_total_flops():.1%}'
-
-
-def thop(model, x, folder):
-    import thop
-
-    return counted(thop.profile(copy.deepcopy(model), (x,), verbose=False)[0], model, x)
-
-
-def ptflops(model, x, folder):
-    import ptflops
-
-    options = dict(as_strings=False, print_per_layer_stat=False, verbose=False)
-    return counted(ptflops.get_model_complexity_info(model, (3, 64, 64), backend='aten', **options)[0], model, x)
 
 
 # function, its distribution, what is tried, whether the network is reparameterised first
@@ -227,7 +194,6 @@ ROWS = [
     (executorch, 'executorch', 'XNNPACK', False),
     (executorch, 'executorch', 'the same, reparameterised', True),
     (aotinductor, 'torch', 'AOTInductor', False),
-    (onnx2torch, 'onnx2torch', 'convert, reparameterised', True),
     (nncf, 'nncf', 'quantize, int8', False),
     (nncf, 'nncf', 'the same, reparameterised', True),
     (pt2e, 'torchao', 'PT2E, int8', False),
@@ -236,7 +202,6 @@ ROWS = [
     (opacus, 'opacus', 'per-sample gradients by "ew"', False),
     (torch_pruning, 'torch-pruning', 'MagnitudePruner, ratio 0.5', False),
     (thop, 'thop', 'multiply-adds counted', False),
-    (ptflops, 'ptflops', 'multiply-adds counted, backend "aten"', False),
 ]
 
 
@@ -271,9 +236,8 @@ def cells(row):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ', '.join(dict.fromkeys(function.__name__ for function, *_ in ROWS))
-    parser.add_argument('clients', nargs='*', metavar='CLIENT', help=f'of {names} (default: all)')
+    parser = argparse.ArgumentParser()
+    parser.add_argument('clients', nargs='*', help=f'of {", ".join(dict.fromkeys(row[0].__name__ for row in ROWS))}')
     parser.add_argument('--row', type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row is not None:
@@ -285,10 +249,9 @@ def main():
         try:
             version = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
-            version, found = 'not installed', [''] * len(NETWORKS)
+            print(f'{distribution} is not installed', file=sys.stderr)
         else:
-            found = cells(row)
-        print(f'| {distribution} | {version} | {what} | {" | ".join(found)} |', flush=True)
+            print(f'| {distribution} | {version} | {what} | {" | ".join(cells(row))} |', flush=True)
 
 
 if __name__ == '__main__':
