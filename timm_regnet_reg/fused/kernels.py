@@ -64,17 +64,9 @@ def pixels(block, P, height, width, N, sp, BP: tl.constexpr):
 
 
 @triton.jit
-def neighbours(y, x, exist, height, width, TAP: tl.constexpr):
-    """Which pixels have one under the tap TAP of a 3x3 kernel."""
-    if TAP < 3:
-        exist = exist & (y > 0)
-    if TAP >= 6:
-        exist = exist & (y < height - 1)
-    if TAP % 3 == 0:
-        exist = exist & (x > 0)
-    if TAP % 3 == 2:
-        exist = exist & (x < width - 1)
-    return exist
+def neighbours(y, x, exist, height, width, dy, dx):
+    """Which pixels have one `dy` rows and `dx` columns away."""
+    return exist & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
 
 
 @triton.jit
@@ -117,9 +109,10 @@ def gate_sums(
     biases = rows(b_ptr, n, n_exist, N, gates)
     for k in tl.static_range(len(gates)):
         sums = sums + (tl.zeros((BP, BN), tl.float32) + biases[k],)
-    for tap in tl.static_range(9):
-        exist = neighbours(y, x, p_exist, height, width, tap)[:, None] & n_exist[None, :]
-        there = at + ((tap // 3 - 1) * width + tap % 3 - 1) * sp
+    for tap in range(9):
+        dy, dx = tap // 3 - 1, tap % 3 - 1
+        exist = neighbours(y, x, p_exist, height, width, dy, dx)[:, None] & n_exist[None, :]
+        there = at + (dy * width + dx) * sp
         sums = plus_products(sums, load(x_ptr + there, exist), rows(wx_ptr + tap * G * N, n, n_exist, N, gates))
         if HAS_H:
             sums = plus_products(sums, load(h_ptr + there, exist), rows(wh_ptr + tap * G * N, n, n_exist, N, gates))
@@ -227,9 +220,10 @@ def gru_reset_backward(
     start, y, x, p_exist = pixels(tl.program_id(0), P, height, width, N, sp, BP)
     at = start[:, None] + (n * sn)[None, :]
     drH = tl.zeros((BP, BN), tl.float32)
-    for tap in tl.static_range(9):
-        exist = neighbours(y, x, p_exist, height, width, 8 - tap)[:, None] & n_exist[None, :]
-        there = at - ((tap // 3 - 1) * width + tap % 3 - 1) * sp
+    for tap in range(9):
+        dy, dx = 1 - tap // 3, 1 - tap % 3
+        exist = neighbours(y, x, p_exist, height, width, dy, dx)[:, None] & n_exist[None, :]
+        there = at + (dy * width + dx) * sp
         w = load(wh_ptr + tap * 3 * N + 2 * N + n, n_exist)[None, :]
         drH += load(ds_ptr + 2 * P * N + there, exist) * w
     exist = p_exist[:, None] & n_exist[None, :]
@@ -312,9 +306,10 @@ def inputs_backward(
     at = start[:, None] + (n * sn)[None, :]
     dX = tl.zeros((BP, BN), tl.float32)
     dH = tl.zeros((BP, BN), tl.float32)
-    for tap in tl.static_range(9):  # the pixels that saw this one through the tap
-        exist = neighbours(y, x, p_exist, height, width, 8 - tap)[:, None] & n_exist[None, :]
-        there = at - ((tap // 3 - 1) * width + tap % 3 - 1) * sp
+    for tap in range(9):
+        dy, dx = 1 - tap // 3, 1 - tap % 3  # where the pixels are that saw this one through the tap
+        exist = neighbours(y, x, p_exist, height, width, dy, dx)[:, None] & n_exist[None, :]
+        there = at + (dy * width + dx) * sp
         dS = planes(ds_ptr, there, exist, P * N, GATES)
         W_x = rows(wx_ptr + tap * G * N, n, n_exist, N, GATES)
         for k in tl.static_range(len(GATES)):
@@ -351,9 +346,9 @@ def kernels_backward(
         biases = plus_products(biases, 1.0, dS)
         new = ()
         for k in tl.static_range(len(taps)):
-            tap = k % 9
-            exist = neighbours(y, x, p_exist, height, width, tap)[:, None] & n_exist[None, :]
-            there = at + ((tap // 3 - 1) * width + tap % 3 - 1) * sp
+            dy, dx = k % 9 // 3 - 1, k % 3 - 1
+            exist = neighbours(y, x, p_exist, height, width, dy, dx)[:, None] & n_exist[None, :]
+            there = at + (dy * width + dx) * sp
             new = new + (plus_products(taps[k], load((x_ptr if k < 9 else h_ptr) + there, exist), dS),)
         taps = new
     taps = taps + (biases,)

@@ -11,7 +11,8 @@ from .operators import GATES, dense_format
 __all__ = ['step', 'step_backward']
 
 TILE = 2048  # elements: with fewer the kernels of four gates spill registers, with 4 warps
-PARTS = 2048  # programs that sum the kernels' gradients: 16 warps on each multiprocessor of an H100
+SUMS_TILE = 32  # elements, an element a thread of one warp: with four gates it has 76 sums, and half of the registers
+SUMS_PROGRAMS = 2048  # 16 warps on each multiprocessor of an H100
 
 Tensors = List[torch.Tensor]
 
@@ -125,10 +126,11 @@ def step_backward(
 def kernels_backward(images, X, sources, dS, K_x, b):
     """The gradients of K_x, K_h and b."""
     rows = b.numel()
-    BN = min(32, triton.next_power_of_2(images.N))
-    BP = 32 // BN  # an element a thread: with four gates that takes 76 sums, and half of a thread's registers
+    # neighbouring threads read neighbours in memory
+    BN = min(SUMS_TILE, triton.next_power_of_2(images.N)) if images.format is torch.channels_last else 1
+    BP = SUMS_TILE // BN
     blocks = triton.cdiv(images.N, BN)
-    steps = triton.cdiv(triton.cdiv(images.P, BP), max(1, PARTS // blocks))
+    steps = triton.cdiv(triton.cdiv(images.P, BP), max(1, SUMS_PROGRAMS // blocks))
     parts = triton.cdiv(images.P, BP * steps)
     has_h = sources[0][1] is not None
     # zeros for the gate that a zero state leaves out
@@ -141,6 +143,6 @@ def kernels_backward(images, X, sources, dS, K_x, b):
         )  # fmt: skip
     dK_x, db = torch.empty_like(K_x, memory_format=torch.contiguous_format), torch.empty_like(b)
     dK_h = torch.empty_like(dK_x) if has_h else None
-    grid = (triton.cdiv(rows, 32), part.shape[1])
-    kernels.kernels_total[grid](part, dK_x, dK_h, db, parts, rows, HAS_H=has_h, BQ=32, BN=32)
+    grid = (triton.cdiv(rows, 16), part.shape[1])
+    kernels.kernels_total[grid](part, dK_x, dK_h, db, parts, rows, HAS_H=has_h, BQ=512, BN=16, num_warps=8)
     return dK_x, dK_h, db
