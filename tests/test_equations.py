@@ -149,25 +149,6 @@ def test_zero_state_and_no_state_are_the_same(kind):
     check(C, C_zero, OUTPUT_64, 'C')
 
 
-@pytest.mark.parametrize('given', [1, 2, 3])
-@pytest.mark.parametrize('kind', KINDS)
-def test_cell_passes_gradcheck(kind, given):
-    if given == 3 and kind != 'convlstm':
-        given = 2  # no C
-    cell = randomize(CELLS[kind](2)).double()
-    names = [name for name, _ in cell.named_parameters()]
-    inputs = [random_image(2, 2, 3, 3, seed=s).requires_grad_() for s in range(given)]
-    params = [p.detach().clone().requires_grad_() for p in cell.parameters()]
-
-    def step(*tensors):
-        W = torch.func.functional_call(cell, dict(zip(names, tensors[given:])))
-        outputs = cell.step(*tensors[:given], *[None] * (3 - given), W)
-        return tuple(o for o in outputs if o is not None)
-
-    assert torch.autograd.gradcheck(step, inputs + params)
-    assert torch.autograd.gradgradcheck(step, inputs + params, fast_mode=True)
-
-
 # Blocks and stages
 
 FORMS = {
@@ -222,12 +203,6 @@ def test_blocks_sharing_a_cell_are_their_equations(form, kind, stride, size, se)
     check_stage(stage, random_image(6, 6, *size), kind, 3, stride)
 
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('form', FORMS)
-def test_first_block_alone_is_its_equations(form, kind):
-    check_stage(make_stage(form, kind, 2, depth=1), random_image(6, 6, 5, 6), kind, 1, 2)
-
-
 @pytest.mark.parametrize('form', FORMS)
 def test_dilated_blocks_pool_nothing(form):
     stage = make_stage(form, 'convlstm', 1, dilation=2)
@@ -250,22 +225,6 @@ def test_each_state_travels(form, kind):
         )
     assert (right - forgetful).abs().max() > 1e-3
     check(stage(x), right, OUTPUT_64, 'output')
-
-
-@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('form', FORMS)
-def test_block_passes_gradcheck(form, kind, training):
-    stage = make_stage(form, kind, 2, depth=2, in_channels=2, planes=2 if form != 'resnext' else 4).train(training)
-    names = [name for name, _ in stage.named_parameters()]
-    buffers = dict(stage.named_buffers())
-    inputs = [random_image(2, 2, 5, 4)] + [p.detach().clone() for p in stage.parameters()]
-
-    def run(x, *params):
-        state = {name: b.clone() for name, b in buffers.items()}
-        return torch.func.functional_call(stage, {**state, **dict(zip(names, params))}, x)
-
-    assert torch.autograd.gradcheck(run, [i.requires_grad_() for i in inputs], fast_mode=True)
 
 
 # Networks

@@ -13,7 +13,13 @@ import timm
 import torch
 import torch.nn as nn
 from test_equations import enliven
-from timm.models import push_to_hf_hub, resolve_model_input_args, save_for_hf
+from timm.models import (
+    load_checkpoint,
+    push_to_hf_hub,
+    resolve_model_input_args,
+    resume_checkpoint,
+    save_for_hf,
+)
 
 import timm_regnet_reg
 from timm_regnet_reg import pretrained, regulate
@@ -80,6 +86,45 @@ def test_saved_network_comes_back(tmp_path, name, regulate_kwargs, kwargs):
             assert torch.equal(grey.layer2[0].conv1.weight, model.layer2[0].conv1.weight)
     assert load(saved, drop_path_rate=0.1).train()(x).requires_grad
     assert torch.equal(load(save(loaded, tmp_path / 'again'))(x), model(x))
+
+
+# Written by versions that had one kernel for the fusion's two inputs, with the outputs that they computed
+
+
+@pytest.mark.parametrize('folder', sorted(Path(__file__).with_name('kept').iterdir()), ids=lambda folder: folder.name)
+def test_folder_of_an_earlier_version_gives_the_outputs_that_it_gave(hub, folder):
+    weights = safetensors.torch.load_file(folder / 'model.safetensors')
+    assert any(key.endswith('fusion_conv.weight') for key in weights)
+    x, expected = safetensors.torch.load_file(folder / 'outputs.safetensors').values()
+    hub.add_repo('owner/kept', {path.name: path.read_bytes() for path in folder.iterdir()})
+    by_hand = load(f'local-dir:{folder}')
+    with torch.no_grad():
+        for p in by_hand.parameters():
+            p.zero_()
+    by_hand.load_state_dict(weights)
+    for model in (load(f'local-dir:{folder}'), load('hf-hub:owner/kept'), by_hand):
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+        assert not any(key.endswith('fusion_conv.weight') for key in model.state_dict())
+
+
+def test_checkpoint_of_an_earlier_version_is_the_same_network_bit_for_bit(tmp_path):
+    """As train.py writes it, for `--resume` and `--initial-checkpoint`."""
+    model = enliven(timm.create_model('regnet_reg_resnet20_convlstm'))
+    old = {}
+    for key, value in model.state_dict().items():
+        if key.endswith('fusion_conv_x.weight'):
+            h = model.state_dict()[key.replace('conv_x', 'conv_h')]
+            old[key.replace('conv_x', 'conv')] = torch.cat([value, h], dim=1)
+        elif not key.endswith('fusion_conv_h.weight'):
+            old[key] = value
+    torch.save({'epoch': 4, 'state_dict': old, 'state_dict_ema': old}, tmp_path / 'old.pth.tar')
+    for read in (resume_checkpoint, load_checkpoint):
+        again = timm.create_model('regnet_reg_resnet20_convlstm').eval()
+        read(again, tmp_path / 'old.pth.tar')
+        assert torch.equal(again(images()), model(images()))
+    ema = timm.utils.ModelEmaV3(timm.create_model('regnet_reg_resnet20_convlstm'))
+    load_checkpoint(ema.module, tmp_path / 'old.pth.tar', use_ema=True)
+    assert torch.equal(ema.module.eval()(images()), model(images()))
 
 
 FRESH = """
@@ -181,7 +226,8 @@ def test_init_weights_starts_everything_again(shortcut):
     for key, value in model.state_dict().items():
         if value.ndim == 4:  # a kernel: as large as at the start, and another one
             assert value.std().item() == pytest.approx(start[key].std().item(), rel=0.5), key
-            assert abs(value.mean()) < 0.2 and not torch.equal(value, start[key]), key
+            is_identity = 'fusion_conv_x' in key
+            assert abs(value.mean()) < 0.2 and torch.equal(value, start[key]) == is_identity, key
         if key.endswith('regulator.bias'):
             assert not value.any(), key
 

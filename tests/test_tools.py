@@ -73,7 +73,7 @@ def test_pruned_weights_stay_pruned_through_training(net):
     for cell in cells(model).values():
         pruned += [(cell, 'pointwise'), (cell, 'depthwise')]
     if cells(model):
-        pruned.append((model.layer1[0].fusion_conv, 'weight'))
+        pruned.append((model.layer1[0].fusion_conv_h, 'weight'))
     for module, name in pruned:
         prune.l1_unstructured(module, name, amount=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -193,9 +193,8 @@ def test_kernels_are_cast_once_a_stage_under_autocast(net):
         model(data()[0])
     convolutions = sum(isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) for m in model.modules())
     biases = sum(getattr(m, 'bias', None) is not None for m in model.modules() if isinstance(m, torch.nn.Conv2d))
-    fusions = sum(name.endswith('fusion_conv') for name, _ in model.named_modules())
     # the image, and the classifier's bias; three stacks of kernels a cell
-    assert casts.count <= convolutions + biases + 2 + fusions + 3 * len(cells(model))
+    assert casts.count <= convolutions + biases + 2 + 3 * len(cells(model))
 
 
 # Sharding

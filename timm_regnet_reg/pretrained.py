@@ -119,6 +119,8 @@ def check_weights(
         UserError: Weights are missing, unexpected, no floating-point tensors, of another shape or not finite.
     """
     own = model.state_dict()
+    state_dict = dict(state_dict)
+    split_fusions(state_dict)
     # counters alone are integers
     types = {key: isinstance(v, torch.Tensor) and v.is_floating_point() for key, v in state_dict.items()}
     remedy = 'Give the model, with its arguments, that was trained, or weights of this one.'
