@@ -12,7 +12,6 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import equations
-from .operators import FusedStep
 
 __all__ = ['convgru', 'convlstm', 'convrnn', 'set_fused']
 
@@ -39,6 +38,8 @@ def set_fused(enabled: bool = True) -> None:
     if enabled and importlib.util.find_spec('triton') is None:
         warnings.warn('Triton is not installed, so the time steps go on without fused kernels', stacklevel=2)
         enabled = False
+    if enabled:
+        from . import operators  # noqa: F401  (defines them)
     _enabled = enabled
 
 
@@ -51,14 +52,14 @@ def fuses(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor],
     """Whether the fused kernels compute a time step, and not the equations: the one place that decides."""
     return (
         _enabled
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_exporting()
+        and forward_ad._current_level < 0  # the operators have no forward mode
         and type(X) is torch.Tensor  # not a node of fx, nor a subclass, which operators would have to know
         and X.device.type == DEVICE
         and 0 < X.numel() < LARGEST
         and all(t is None or t.dtype in TYPES for t in (X, H, C))
         and all(t.dtype == step_type(X) for t in W)
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_exporting()
-        and forward_ad._current_level < 0  # the operators have no forward mode
     )
 
 
@@ -66,24 +67,29 @@ def fused_step(
     cell: str, X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]
 ) -> Tuple[torch.Tensor, ...]:
     """The new H and, for a ConvLSTM, C."""
+    from .operators import FusedStep
+
     X, H, C = (None if t is None else t.to(step_type(X)) for t in (X, H, C))
     return FusedStep.apply(cell, X, H, C, *W)
 
 
 def convrnn(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]) -> State:
-    if not torch.jit.is_scripting() and fuses(X, H, C, W):
-        return fused_step('convrnn', X, H, None, W)[0], C
+    if not torch.jit.is_scripting():
+        if fuses(X, H, C, W):
+            return fused_step('convrnn', X, H, None, W)[0], C
     return equations.convrnn(X, H, C, W)
 
 
 def convgru(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]) -> State:
-    if not torch.jit.is_scripting() and fuses(X, H, C, W):
-        return fused_step('convgru', X, H, None, W)[0], C
+    if not torch.jit.is_scripting():
+        if fuses(X, H, C, W):
+            return fused_step('convgru', X, H, None, W)[0], C
     return equations.convgru(X, H, C, W)
 
 
 def convlstm(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]) -> State:
-    if not torch.jit.is_scripting() and fuses(X, H, C, W):
-        H, C = fused_step('convlstm', X, H, C, W)
-        return H, C
+    if not torch.jit.is_scripting():
+        if fuses(X, H, C, W):
+            H, C = fused_step('convlstm', X, H, C, W)
+            return H, C
     return equations.convlstm(X, H, C, W)

@@ -86,7 +86,7 @@ def equation(cell: str, X, H: MaybeTensor, C: MaybeTensor, K_x, K_h, b) -> Tuple
 def step_vjp(cell, X, H, C, K_x, K_h, b, dH_new, dC_new) -> Tuple[torch.Tensor, ...]:
     """What the operator `step_backward` gives, by the cell's equations, so that it has gradients of its own."""
 
-    def outputs(X, K_x, b, H=None, K_h=None, C=None):
+    def outputs(X, K_x, b, H=None, K_h=K_h, C=None):
         return equation(cell, X, H, C, K_x, K_h, b)
 
     state = () if H is None else (H, K_h) if C is None else (H, K_h, C)
