@@ -1,0 +1,232 @@
+"""On a GPU: the networks give what they give on the CPU, with fused time steps and without.
+
+`pytest -m cuda` runs these alone; where there is no GPU they are skipped.
+"""
+
+import copy
+import os
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from conftest import MODEL
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import timm_regnet_reg
+from timm_regnet_reg import fused
+from timm_regnet_reg.__main__ import main
+
+DEVICE = 'cuda'
+CELLS = ('convrnn', 'convgru', 'convlstm')
+FORMATS = (torch.contiguous_format, torch.channels_last)
+# of the norm of what float64 gives on the CPU: the logits', and the largest of the gradients'
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-10),
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (5e-2, 0.2),
+    torch.float16: (1e-2, 5e-2),
+}
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device'),
+]
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """float32 is float32, and not TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
+
+
+@pytest.fixture(params=['equations', 'fused'])
+def steps(request):
+    """Which time steps are used."""
+    fused.set_fused(request.param == 'fused')
+    yield request.param
+    fused.set_fused(False)
+
+
+def network(name, **kwargs):
+    """With random regulators and fusions, so that nothing is at its neutral start; batch norms in evaluation mode."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, **kwargs)
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.03)
+    return model.eval()
+
+
+def small(cell, device=DEVICE):
+    return network(f'regnet_reg_resnet20_{cell}').to(device)
+
+
+def images(size=32, batch=4, device=DEVICE):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def gradients(model, x):
+    """The logits, and the gradients of the parameters."""
+    out = model(x)
+    loss = torch.nn.functional.cross_entropy(out.float() if out.dtype != torch.float64 else out, torch.arange(len(x)).to(x.device))
+    return out.detach(), torch.autograd.grad(loss, list(model.parameters()))
+
+
+def error(actual, expected):
+    """Of tensors taken together, relative to the norm of what is expected."""
+    actual, expected = (torch.cat([t.detach().double().cpu().flatten() for t in ts]) for ts in (actual, expected))
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def assert_close(actual, expected, dtype=torch.float32):
+    """Logits and gradients as `gradients` gives them."""
+    off = error(actual[:1], expected[:1]), error(actual[1], expected[1])
+    assert off[0] <= TOLERANCES[dtype][0] and off[1] <= TOLERANCES[dtype][1], f'logits and gradients are off by {off}'
+
+
+def used(operator):
+    """How often the profiler saw one of the operators of fused steps."""
+    return sum(event.count for event in operator.key_averages() if event.key.startswith('timm_regnet_reg::'))
+
+
+@pytest.mark.parametrize('memory_format', FORMATS, ids=['contiguous', 'channels_last'])
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+@pytest.mark.parametrize('name', ['regnet_reg_resnet20_{}', 'regnet_reg_resnet50_{}'])
+@pytest.mark.parametrize('cell', CELLS)
+def test_outputs_and_gradients_are_those_of_the_cpu(cell, name, dtype, memory_format, steps):
+    model = network(name.format(cell))
+    x = images(33 if '20' in name else 97, device='cpu')
+    expected = gradients(copy.deepcopy(model).double(), x.double())
+    half = dtype in (torch.bfloat16, torch.float16)
+    model = model.to(DEVICE, torch.float32 if half else dtype, memory_format=memory_format)
+    x = x.to(DEVICE, next(model.parameters()).dtype, memory_format=memory_format)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile, torch.autocast(DEVICE, dtype, enabled=half):
+        actual = gradients(model, x)
+    assert_close(actual, expected, dtype)
+    assert bool(used(profile)) == (steps == 'fused' and dtype != torch.float64)
+
+
+@pytest.mark.parametrize('cell', CELLS)
+def test_fused_gradients_are_the_same_in_every_run(cell, steps):
+    if steps == 'equations':
+        pytest.skip('cuDNN may choose another algorithm')
+    shape = (64, 32, 32, 32)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    X, H, C = (torch.randn(shape, generator=generator, device=DEVICE, requires_grad=True) for _ in range(3))
+    W = timm_regnet_reg.cells.CELLS[cell](32).to(DEVICE)()
+    inputs = [X, H, *W] + ([C] if cell == 'convlstm' else [])
+
+    def run():
+        H_new, _ = getattr(fused, cell)(X, H, C if cell == 'convlstm' else None, W)
+        return torch.autograd.grad(H_new.square().sum(), inputs, retain_graph=True)
+
+    first = run()
+    assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.parametrize('cell', CELLS)
+def test_checkpointing_keeps_outputs_and_gradients(cell, steps):
+    model, x = small(cell), images()
+    expected = gradients(model, x)
+    model.set_grad_checkpointing()
+    assert_close(gradients(model, x), expected)
+
+
+@pytest.mark.parametrize('cell', CELLS)
+def test_compiled_in_cuda_graphs_keeps_outputs_and_gradients(cell, steps):
+    model, x = small(cell), images()
+    expected = gradients(model, x)
+    compiled = torch.compile(model, mode='reduce-overhead', fullgraph=True)
+    for _ in range(4):  # warm-up, capture, replay
+        torch.compiler.cudagraph_mark_step_begin()
+        actual = gradients(compiled, x)
+    assert_close(actual, expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize('cell', CELLS)
+def test_torchscript_keeps_outputs(cell, steps):
+    model, x = small(cell), images()
+    with torch.no_grad():
+        assert error([torch.jit.script(model)(x)], [model(x)]) < 1e-5
+
+
+def test_ahead_of_time_compiled_package_keeps_outputs(tmp_path, steps):
+    model, x = small('convlstm'), images()
+    with torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(
+            torch.export.export(model, (x,)), package_path=str(tmp_path / 'model.pt2')
+        )
+        assert error([torch._inductor.aoti_load_package(package)(x)], [model(x)]) < 1e-4
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    backend = 'nccl' if DEVICE == 'cuda' else 'gloo'
+    dist.init_process_group(backend, init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('how', ['ddp', 'fsdp'])
+@pytest.mark.parametrize('cell', CELLS)
+def test_distributed_training_keeps_outputs_and_gradients(cell, how, steps, one_process):
+    plain, x = small(cell).train(), images(batch=7)
+    y = torch.arange(7).to(DEVICE)
+    model = copy.deepcopy(plain)
+    if how == 'ddp':
+        model = DistributedDataParallel(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    else:
+        for stage in (model.layer1, model.layer2, model.layer3):
+            fully_shard(stage)
+        fully_shard(model)
+    results = []
+    for m in (model, plain):
+        out = m(x)
+        torch.nn.functional.cross_entropy(out, y).backward()
+        grads = [p.grad.full_tensor() if how == 'fsdp' and m is model else p.grad for p in m.parameters()]
+        results.append((out.detach(), grads))
+    assert_close(*results)
+
+
+@pytest.mark.parametrize('cell', CELLS)
+def test_training_with_a_gradient_scaler_goes_down(cell, steps):
+    model, x = small(cell).train(), images(batch=7)
+    y = torch.arange(7).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    scaler = torch.amp.GradScaler(DEVICE)
+    losses = []
+    for _ in range(30):
+        with torch.autocast(DEVICE, torch.float16):
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], losses
+
+
+def test_regulate_stays_on_the_device():
+    plain, x = network('cifar_resnet20').to(DEVICE), images()
+    model = timm_regnet_reg.regulate(plain)
+    assert {p.device.type for p in model.parameters()} == {DEVICE}
+    with torch.no_grad():
+        assert error([model(x)], [plain(x)]) < 1e-4
+
+
+def test_commands_run_on_the_device(packaged, image_folder, tmp_path, capsys):
+    model = f'local-dir:{packaged}'
+    photo = next((image_folder / 'validation').rglob('*.png'))
+    assert main(['classify', str(photo), '--model', model, '--device', DEVICE]) == 0
+    on_device = capsys.readouterr().out
+    assert main(['classify', str(photo), '--model', model]) == 0
+    assert on_device.split()[:2] == capsys.readouterr().out.split()[:2]
+    output = os.path.join(tmp_path, 'similarity')
+    options = ['--data-dir', str(image_folder), '--output', output, '--device', DEVICE]
+    assert main(['similarity', MODEL, *options]) == 0
+    assert os.path.exists(os.path.join(output, 'similarity.csv'))
