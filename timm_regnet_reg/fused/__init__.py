@@ -69,8 +69,8 @@ def fused_step(
     """The new H and, for a ConvLSTM, C."""
     from .operators import FusedStep
 
-    X, H, C = (None if t is None else t.to(step_type(X)) for t in (X, H, C))
-    return FusedStep.apply(cell, X, H, C, *W)
+    dtype = step_type(X)
+    return FusedStep.apply(cell, *(None if t is None else t.to(dtype) for t in (X, H, C)), *W)
 
 
 def convrnn(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]) -> State:
@@ -89,7 +89,7 @@ def convgru(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor
 
 def convlstm(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]) -> State:
     if not torch.jit.is_scripting():
-        if fuses(X, H, C, W):
+        if (H is None) == (C is None) and fuses(X, H, C, W):  # the kernels take both or neither
             H, C = fused_step('convlstm', X, H, C, W)
             return H, C
     return equations.convlstm(X, H, C, W)

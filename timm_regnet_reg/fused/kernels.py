@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The cells' time steps and their gradients as Triton kernels.
 
 A program works on a tile of BP pixels and BN channels, and reads what its 3x3 kernels see beside the tile through the

@@ -1,12 +1,12 @@
 """Time steps and their gradients by the Triton kernels: what the operators do on CUDA."""
 
-from typing import List, Optional
+from typing import Any, List, Optional, Tuple
 
 import torch
 import triton
 
 from . import kernels
-from .operators import GATES, dense_format
+from .operators import GATES, IDLE, dense_format
 
 __all__ = ['step', 'step_backward']
 
@@ -30,9 +30,9 @@ class Images:
         self.tile = {'BP': TILE // BN, 'BN': BN}
         self.grid = (triton.cdiv(self.P, self.tile['BP']), triton.cdiv(N, BN))
 
-    def dense(self, x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-        """x, or a copy, laid out as X."""
-        return None if x is None else x.contiguous(memory_format=self.format)
+    def dense(self, *tensors: Optional[torch.Tensor]) -> List[Any]:
+        """The tensors, or copies of them, laid out as X."""
+        return [None if t is None else t.contiguous(memory_format=self.format) for t in tensors]
 
     def new(self, X: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(X, memory_format=self.format)
@@ -56,7 +56,7 @@ def step(
     """The new H and, for a ConvLSTM, C: what `timm_regnet_reg::step` gives."""
     with torch.cuda.device_of(X):
         images = Images(X)
-        X, H, C = images.dense(X), images.dense(H), images.dense(C)
+        X, H, C = images.dense(X, H, C)
         W = by_taps(K_x), None if H is None else by_taps(K_h), b.contiguous()
         grid, sizes, tile = images.grid, images.sizes, {'HAS_H': H is not None, **images.tile}
         out = images.new(X)
@@ -89,19 +89,19 @@ def step_backward(
     """The gradients of X, K_x and b, and those of H, K_h and C that there are: `timm_regnet_reg::step_backward`."""
     with torch.cuda.device_of(X):
         images = Images(X)
-        X, H, C = images.dense(X), images.dense(H), images.dense(C)
-        dH_new, dC_new = images.dense(dH_new), images.dense(dC_new)
+        X, H, C, dH_new, dC_new = images.dense(X, H, C, dH_new, dC_new)
         W = by_taps(K_x), None if H is None else by_taps(K_h), b.contiguous()
         grid, sizes, tile = images.grid, images.sizes, {'HAS_H': H is not None, **images.tile}
         G = GATES[cell]
+        gates = tuple(k for k in range(G) if H is not None or k != IDLE[cell])
         dS = X.new_empty(G * X.numel())  # the gates' planes, each laid out as X
         dX = images.new(X)
-        dH, dC, rH = (None, None, None) if H is None else (images.new(X), images.new(X), None)
+        dH = dC = rH = None
+        if H is not None:
+            dH = images.new(X)
         if cell == 'convrnn':
-            gates, H_gates = (0,), 1
             kernels.rnn_backward[grid](X, H, *W, dH_new, dS, *sizes, **tile)
         elif cell == 'convgru':
-            gates, H_gates = (0, 2) if H is None else (0, 1, 2), 2
             z = r = None
             if H is not None:
                 z, r, rH = images.new(X), images.new(X), images.new(X)
@@ -110,21 +110,28 @@ def step_backward(
             if H is not None:
                 kernels.gru_reset_backward[grid](H, r, W[1], dS, dH, *sizes, **images.tile)
         else:
-            gates, H_gates = (0, 2, 3) if H is None else (0, 1, 2, 3), 4
-            kernels.lstm_backward[grid](
-                X, H, C, *W, dH_new, dC_new, dS, dC, *sizes, HAS_DC=dC_new is not None, **tile
-            )
+            if C is not None:
+                dC = images.new(X)
+            kernels.lstm_backward[grid](X, H, C, *W, dH_new, dC_new, dS, dC, *sizes, HAS_DC=dC_new is not None, **tile)
+        # a ConvGRU's third gate sees r ⊙ H in H's place, whose part in H's gradient is there already
+        H_gates = 0 if H is None else 2 if cell == 'convgru' else G
         kernels.inputs_backward[grid](
-            dS, *W[:2], dX, dH, *sizes,
-            GATES=gates, H_GATES=0 if H is None else H_gates, G=G, ADD_H=cell == 'convgru', **images.tile,
+            dS, *W[:2], dX, dH, *sizes, GATES=gates, H_GATES=H_gates, G=G, ADD_H=cell == 'convgru', **images.tile
         )  # fmt: skip
-        sources = [(gates, H)] if rH is None else [((0, 1), H), ((2,), rH)]  # what the gates see beside X
+        sources = [(gates, H)] if rH is None else [((0, 1), H), ((2,), rH)]
         dK_x, dK_h, db = kernels_backward(images, X, sources, dS, K_x, b)
-        return [t for t in (dX, dK_x, db, dH, dK_h, dC if cell == 'convlstm' else None) if t is not None]
+        return [t for t in (dX, dK_x, db, dH, dK_h, dC) if t is not None]
 
 
-def kernels_backward(images, X, sources, dS, K_x, b):
-    """The gradients of K_x, K_h and b."""
+def kernels_backward(
+    images: Images,
+    X: torch.Tensor,
+    sources: List[Tuple[Tuple[int, ...], Optional[torch.Tensor]]],
+    dS: torch.Tensor,
+    K_x: torch.Tensor,
+    b: torch.Tensor,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
+    """The gradients of K_x, K_h and b; the sources are gates and what they see beside X."""
     rows = b.numel()
     # neighbouring threads read neighbours in memory
     BN = min(SUMS_TILE, triton.next_power_of_2(images.N)) if images.format is torch.channels_last else 1

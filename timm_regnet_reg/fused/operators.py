@@ -4,19 +4,20 @@
 operator (shapes, operations, gradients, vmap) is here. Triton is imported when the first of them runs.
 """
 
-from typing import Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import equations
 
-__all__ = ['GATES', 'FusedStep', 'dense_format', 'equation']
+__all__ = ['GATES', 'IDLE', 'FusedStep', 'dense_format', 'equation']
 
 Tensors = List[torch.Tensor]
 MaybeTensor = Optional[torch.Tensor]
 
 GATES = {'convrnn': 1, 'convgru': 3, 'convlstm': 4}
+IDLE = {'convrnn': None, 'convgru': 1, 'convlstm': 1}  # the gate that a zero state leaves without effect
 LIBRARY = 'timm_regnet_reg'
 
 _STEP = 'str cell, Tensor X, Tensor? H, Tensor? C, Tensor K_x, Tensor K_h, Tensor b'
@@ -67,7 +68,7 @@ def step_backward_fake(cell, X, H, C, K_x, K_h, b, dH_new, dC_new) -> Tensors:
 def step_flops(cell, X_shape, H_shape, C_shape, K_x_shape, K_h_shape, b_shape, **kwargs) -> int:
     """Those of the convolutions, as everywhere else: 2 a multiply-add, the gradients not counted."""
     B, N, height, width = X_shape
-    gates = GATES[cell] if H_shape is not None or cell == 'convrnn' else GATES[cell] - 1
+    gates = GATES[cell] - (H_shape is None and IDLE[cell] is not None)
     return 2 * 9 * gates * B * N * height * width * (1 if H_shape is None else 2)
 
 
@@ -89,7 +90,7 @@ def step_vjp(cell, X, H, C, K_x, K_h, b, dH_new, dC_new) -> Tuple[torch.Tensor, 
     def outputs(X, K_x, b, H=None, K_h=K_h, C=None):
         return equation(cell, X, H, C, K_x, K_h, b)
 
-    state = () if H is None else (H, K_h) if C is None else (H, K_h, C)
+    state: Tuple[torch.Tensor, ...] = () if H is None else (H, K_h) if C is None else (H, K_h, C)
     new, pullback = torch.func.vjp(outputs, X, K_x, b, *state)
     return pullback((dH_new,) if len(new) == 1 else (dH_new, torch.zeros_like(X) if dC_new is None else dC_new))
 
