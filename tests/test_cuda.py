@@ -7,10 +7,10 @@ import copy
 import os
 
 import pytest
-import timm
 import torch
 import torch.distributed as dist
 from conftest import MODEL
+from test_fused import gradients, images, network
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,28 +50,9 @@ def steps(request):
     fused.set_fused(False)
 
 
-def network(name, **kwargs):
-    """With random regulators and fusions, so that nothing is at its neutral start; batch norms in evaluation mode."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=7, **kwargs)
-    for p in model.parameters():
-        p.data.add_(torch.randn_like(p), alpha=0.03)
-    return model.eval()
-
-
-def small(cell, device=DEVICE):
-    return network(f'regnet_reg_resnet20_{cell}').to(device)
-
-
-def images(size=32, batch=4, device=DEVICE):
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
-
-
-def gradients(model, x):
-    """The logits, and the gradients of the parameters."""
-    out = model(x)
-    loss = torch.nn.functional.cross_entropy(out, torch.arange(len(x)).to(x.device))
-    return out.detach(), torch.autograd.grad(loss, list(model.parameters()))
+def small(cell):
+    """RegNet-20 and images for it."""
+    return network(f'regnet_reg_resnet20_{cell}').to(DEVICE), images(7, 32).to(DEVICE)
 
 
 def error(actual, expected):
@@ -81,8 +62,8 @@ def error(actual, expected):
 
 
 def assert_close(actual, expected, dtype=torch.float32):
-    """Logits and gradients as `gradients` gives them."""
-    off = error(actual[:1], expected[:1]), error(actual[1], expected[1])
+    """Logits, and gradients of the parameters."""
+    off = error(actual[:1], expected[:1]), error(actual[1:], expected[1:])
     assert off[0] <= TOLERANCES[dtype][0] and off[1] <= TOLERANCES[dtype][1], f'logits and gradients are off by {off}'
 
 
@@ -96,7 +77,7 @@ def uses_fused_steps(profile):
 @pytest.mark.parametrize('cell', CELLS)
 def test_outputs_and_gradients_are_those_of_the_cpu(cell, name, dtype, memory_format, steps):
     model = network(name.format(cell))
-    x = images(33 if '20' in name else 97, device='cpu')
+    x = images(4, 33 if '20' in name else 97)
     expected = gradients(copy.deepcopy(model).double(), x.double())
     half = dtype in (torch.bfloat16, torch.float16)
     model = model.to(DEVICE, torch.float32 if half else dtype, memory_format=memory_format)
@@ -109,57 +90,48 @@ def test_outputs_and_gradients_are_those_of_the_cpu(cell, name, dtype, memory_fo
 
 
 @pytest.mark.parametrize('cell', CELLS)
-def test_fused_gradients_are_the_same_in_every_run(cell, steps):
-    if steps == 'equations':
-        pytest.skip('cuDNN may choose another algorithm')
-    shape = (64, 32, 32, 32)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    X, H, C = (torch.randn(shape, generator=generator, device=DEVICE, requires_grad=True) for _ in range(3))
+def test_fused_gradients_are_the_same_in_every_run(cell):
+    fused.set_fused()
+    X = torch.randn(64, 32, 32, 32, device=DEVICE, requires_grad=True)
     W = timm_regnet_reg.cells.CELLS[cell](32).to(DEVICE)()
-    inputs = [X, H, *W] + ([C] if cell == 'convlstm' else [])
 
     def run():
-        H_new, _ = getattr(fused, cell)(X, H, C if cell == 'convlstm' else None, W)
-        return torch.autograd.grad(H_new.square().sum(), inputs, retain_graph=True)
+        H, C = getattr(fused, cell)(X, None, None, W)
+        H, C = getattr(fused, cell)(X, H, C, W)
+        return torch.autograd.grad(H.square().sum(), [X, *W])
 
     first = run()
     assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, run(), strict=True))
+    fused.set_fused(False)
 
 
+@pytest.mark.parametrize('how', ['checkpointed', 'in CUDA graphs'])
 @pytest.mark.parametrize('cell', CELLS)
-def test_checkpointing_keeps_outputs_and_gradients(cell, steps):
-    model, x = small(cell), images()
+def test_outputs_and_gradients_stay_the_same(cell, how, steps):
+    model, x = small(cell)
     expected = gradients(model, x)
-    model.set_grad_checkpointing()
-    assert_close(gradients(model, x), expected)
-
-
-@pytest.mark.parametrize('cell', CELLS)
-def test_compiled_in_cuda_graphs_keeps_outputs_and_gradients(cell, steps):
-    model, x = small(cell), images()
-    expected = gradients(model, x)
-    compiled = torch.compile(model, mode='reduce-overhead', fullgraph=True)
-    for _ in range(4):  # warm-up, capture, replay
+    if how == 'checkpointed':
+        model.set_grad_checkpointing()
+    else:
+        model = torch.compile(model, mode='reduce-overhead', fullgraph=True)
+    for _ in range(4):  # graphs: warm-up, capture, replay
         torch.compiler.cudagraph_mark_step_begin()
-        actual = gradients(compiled, x)
+        actual = gradients(model, x)
     assert_close(actual, expected)
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize('cell', CELLS)
-def test_torchscript_keeps_outputs(cell, steps):
-    model, x = small(cell), images()
-    with torch.no_grad():
-        assert error([torch.jit.script(model)(x)], [model(x)]) < 1e-5
-
-
-def test_ahead_of_time_compiled_package_keeps_outputs(tmp_path, steps):
-    model, x = small('convlstm'), images()
-    with torch.no_grad():
-        package = torch._inductor.aoti_compile_and_package(
-            torch.export.export(model, (x,)), package_path=str(tmp_path / 'model.pt2')
-        )
-        assert error([torch._inductor.aoti_load_package(package)(x)], [model(x)]) < 1e-4
+@pytest.mark.parametrize('how', ['TorchScript', 'AOTInductor'])
+@torch.no_grad()
+def test_deployed_networks_keep_their_outputs(how, tmp_path, steps):
+    model, x = small('convlstm')
+    if how == 'TorchScript':
+        deployed = torch.jit.script(model)
+    else:
+        package = str(tmp_path / 'model.pt2')
+        torch._inductor.aoti_compile_and_package(torch.export.export(model, (x,)), package_path=package)
+        deployed = torch._inductor.aoti_load_package(package)
+    assert error([deployed(x)], [model(x)]) < 1e-4
 
 
 @pytest.fixture
@@ -174,7 +146,8 @@ def one_process(tmp_path):
 @pytest.mark.parametrize('how', ['ddp', 'fsdp'])
 @pytest.mark.parametrize('cell', CELLS)
 def test_distributed_training_keeps_outputs_and_gradients(cell, how, steps, one_process):
-    plain, x = small(cell).train(), images(batch=7)
+    plain, x = small(cell)
+    plain.train()
     y = torch.arange(7).to(DEVICE)
     model = copy.deepcopy(plain)
     if how == 'ddp':
@@ -188,13 +161,14 @@ def test_distributed_training_keeps_outputs_and_gradients(cell, how, steps, one_
         out = m(x)
         torch.nn.functional.cross_entropy(out, y).backward()
         grads = [p.grad.full_tensor() if how == 'fsdp' and m is model else p.grad for p in m.parameters()]
-        results.append((out.detach(), grads))
+        results.append([out, *grads])
     assert_close(*results)
 
 
 @pytest.mark.parametrize('cell', CELLS)
 def test_training_with_a_gradient_scaler_goes_down(cell, steps):
-    model, x = small(cell).train(), images(batch=7)
+    model, x = small(cell)
+    model.train()
     y = torch.arange(7).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     scaler = torch.amp.GradScaler(DEVICE)
@@ -211,7 +185,7 @@ def test_training_with_a_gradient_scaler_goes_down(cell, steps):
 
 
 def test_regulate_stays_on_the_device():
-    plain, x = network('cifar_resnet20').to(DEVICE), images()
+    plain, x = network('cifar_resnet20').to(DEVICE), images(size=32).to(DEVICE)
     model = timm_regnet_reg.regulate(plain)
     assert {p.device.type for p in model.parameters()} == {DEVICE}
     with torch.no_grad():

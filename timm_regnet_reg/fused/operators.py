@@ -91,7 +91,7 @@ def step_vjp(cell, X, H, C, K_x, K_h, b, dH_new, dC_new) -> Tuple[torch.Tensor, 
         return equation(cell, X, H, C, K_x, K_h, b)
 
     state: Tuple[torch.Tensor, ...] = () if H is None else (H, K_h) if C is None else (H, K_h, C)
-    new, pullback = torch.func.vjp(outputs, X, K_x, b, *state)
+    new, pullback = torch.func.vjp(outputs, X, K_x, b, *state)  # type: ignore[misc]  # two without has_aux
     return pullback((dH_new,) if len(new) == 1 else (dH_new, torch.zeros_like(X) if dC_new is None else dC_new))
 
 
