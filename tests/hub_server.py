@@ -262,11 +262,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.error(401, '', 'Invalid username or password.')
         if self.json['organization'] not in self.writable():
             return self.error(403, '', f"You don't have the rights to create a model under {self.json['organization']}")
+        url = {'url': f'{self.hub.endpoint}/{repo_id}'}
         if repo_id in self.hub.repos:
-            return self.error(409, '', 'You already created this model repo')
+            return self.answer(409, {'error': 'You already created this model repo', **url})
         private = self.json.get('visibility') == 'private' or bool(self.json.get('private'))
         self.hub.repos[repo_id] = Repo(private, {'.gitattributes': File(GITATTRIBUTES, False)})
-        self.answer(200, {'url': f'{self.hub.endpoint}/{repo_id}'})
+        self.answer(200, url)
 
     def validate_yaml(self) -> None:
         if re.match(r'---\n.*?\n---\n', self.json['content'], re.DOTALL):
@@ -283,16 +284,10 @@ class _Handler(BaseHTTPRequestHandler):
     def tree(self, repo_id: str, revision: str) -> None:
         repo, oid = self.find(repo_id, revision)
         if oid:
-            self.answer(200, [file.describe(path) for path, file in repo.commits[oid].items()])
-
-    def paths_info(self, repo_id: str, revision: str) -> None:
-        repo, oid = self.find(repo_id, revision)
-        if oid:
-            paths = urllib.parse.parse_qs(self.data.decode()).get('paths', [])
-            found = {path: file for path, file in repo.commits[oid].items() if path in paths}
+            files = repo.commits[oid]
             if self.fault == 'corrupt':
-                found = {path: file._replace(data=file.data + b'!') for path, file in found.items()}
-            self.answer(200, [file.describe(path) for path, file in found.items()])
+                files = {path: file._replace(data=file.data + b'!') for path, file in files.items()}
+            self.answer(200, [file.describe(path) for path, file in files.items()])
 
     def preupload(self, repo_id: str, revision: str) -> None:
         repo = self.repo(repo_id, write=True)
@@ -389,7 +384,6 @@ _ROUTES = (
     ('POST', f'/api/models/{_ID}/preupload/{_REV}', 'preupload', 'preupload'),
     ('POST', f'/api/models/{_ID}/commit/{_REV}', 'commit', 'commit'),
     ('GET', f'/api/models/{_ID}/tree/{_REV}', 'tree', 'tree'),
-    ('POST', f'/api/models/{_ID}/paths-info/{_REV}', 'tree', 'paths_info'),
     ('GET', f'/api/models/{_ID}', 'info', 'info'),
     ('GET', f'/api/models/{_ID}/revision/{_REV}', 'info', 'info'),
     ('POST', rf'/{_ID}\.git/info/lfs/objects/batch', 'batch', 'batch'),

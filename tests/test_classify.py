@@ -3,10 +3,7 @@
 import json
 import os
 import shutil
-import threading
-import time
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -15,12 +12,12 @@ import torch
 from conftest import CLASSES, MODEL
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from timm_regnet_reg.support import inference
 
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.pretrained import WEIGHTS_FOLDER
-from timm_regnet_reg.weights.inference import class_labels, load_model, predict, read_image
+from timm_regnet_reg.weights import inference
+from timm_regnet_reg.weights.inference import class_labels, load_model, predict
+from timm_regnet_reg.weights.scoring import read_image
 
 
 @pytest.fixture
@@ -37,31 +34,6 @@ def classify(packaged, capsys):
 @pytest.fixture
 def photo(image_folder):
     return image_folder / 'validation' / 'bee' / '0.png'
-
-
-@pytest.fixture
-def server(image_folder, tmp_path):
-    """The address of a web server of a folder with `photo.png` and `page.html`; `slow` sends a byte now and then."""
-    (tmp_path / 'photo.png').write_bytes((image_folder / 'validation' / 'bee' / '0.png').read_bytes())
-    (tmp_path / 'page.html').write_text('<html>no image</html>')
-    done = threading.Event()
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-        def send_head(self):
-            if self.headers['User-Agent'].startswith('Python-urllib'):  # as some sites do
-                return self.send_error(403)
-            while self.path == '/slow' and not done.wait(0.05):
-                self.wfile.write(b'H')
-            return super().send_head()
-
-    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=tmp_path)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f'http://127.0.0.1:{server.server_port}'
-        done.set()
-        server.shutdown()
 
 
 @pytest.fixture
@@ -132,46 +104,6 @@ def test_more_images_than_a_batch_give_the_same(image_folder, packaged, monkeypa
         assert [p.probability for p in found] == pytest.approx([p.probability for p in one], abs=1e-5)
 
 
-def test_url(classify, photo, server):
-    code, out, _ = classify(f'{server}/photo.png', photo, '--json')
-    by_url, by_path = json.loads(out)['images']
-    assert (code, by_url['image']) == (0, f'{server}/photo.png')
-    assert by_url['predictions'] == by_path['predictions']
-
-
-@pytest.mark.parametrize(
-    'page, message',
-    [
-        ('missing.png', 'could not be fetched (HTTP Error 404'),
-        ('page.html', 'is not an image'),
-    ],
-)
-def test_url_without_an_image_is_named(page, message, classify, server):
-    code, out, err = classify(f'{server}/{page}')
-    assert (code, out) == (1, '')
-    assert f'regnet-reg: error: {server}/{page}: {message}' in err
-
-
-@pytest.mark.parametrize(
-    'limit, value, page, message',
-    [('URL_BYTES', 99, 'photo.png', 'is larger than 99 bytes'), ('URL_SECONDS', 0.4, 'slow', 'took longer than 0.4 s')],
-)
-def test_url_that_never_ends_is_given_up(limit, value, page, message, classify, server, monkeypatch):
-    monkeypatch.setattr(inference, limit, value)
-    start = time.monotonic()
-    code, out, err = classify(f'{server}/{page}')
-    assert (code, out) == (1, '')
-    assert f'regnet-reg: error: {server}/{page}: {message}' in err
-    assert time.monotonic() - start < 5
-
-
-def test_url_without_a_server_is_named(classify):
-    code, out, err = classify('http://127.0.0.1:9/photo.png')
-    assert (code, out) == (1, '')
-    assert 'http://127.0.0.1:9/photo.png: could not be fetched' in err and 'check the address' in err
-    assert 'could not be fetched' in classify(f'http://127.0.0.1:9/{"a" * 5000}')[2]  # longer than a path can be
-
-
 def _text(path, photo):
     path.write_text('this is no image')
 
@@ -202,10 +134,10 @@ def _of_unknown_range(mode, path, photo):
 @pytest.mark.parametrize(
     'make, message',
     [
-        (_text, 'is not an image'),
+        (_text, 'cannot be read as an image'),
         (_truncated, 'cannot be read as an image'),
         (_flipped, 'cannot be read as an image'),
-        (_empty, 'is not an image'),
+        (_empty, 'cannot be read as an image'),
         (_empty_folder, 'holds no images'),
         (partial(_of_unknown_range, 'I'), 'cannot be read as an image (it has 32 bits a pixel'),
         (partial(_of_unknown_range, 'F'), 'cannot be read as an image (it has 32 bits a pixel'),
@@ -221,12 +153,11 @@ def test_bad_image_among_good_ones_is_named_before_any_output(make, message, cla
 
 
 @pytest.mark.parametrize(
-    'name, message',
-    [('', "error: an empty name ('') was given"), ('n' * 300, f'error: {"n" * 300}: '), ('no/such', 'no such file')],
+    'name, told', [('', "''"), ('n' * 300, 'n' * 300), ('http://no/such.png', 'http://no/such.png')]
 )
-def test_name_that_is_no_file_is_refused(name, message, classify, photo):
+def test_name_that_is_no_file_is_refused(name, told, classify, photo):
     code, out, err = classify(photo, name)
-    assert (code, out) == (1, '') and message in err
+    assert (code, out) == (1, '') and f'error: {told}: no such file or folder' in err
 
 
 def test_undecodable_file_name_is_in_the_json(classify, photo, tmp_path):
@@ -304,11 +235,10 @@ def _negative_variance(weights):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (dict(config=_set(num_classes=2, label_names=['a', 'b'])), 'numbers of classes differ'),
-        (dict(config=_set(model_args={'num_classes': 5})), 'numbers of classes differ'),
+        (dict(config=_set(num_classes=2, label_names=['a', 'b'])), 'of classes'),
+        (dict(config=_set(model_args={'num_classes': 5})), 'of classes'),
         (dict(config=_set(label_names=['a', 'b'])), 'contradicts itself on the number of classes'),
         (dict(config=_set(label_names=[['a'], 'b', 'c'])), 'are not the names of its 3 classes'),
-        (dict(config=_set(label_names='abc')), 'are not the names of its 3 classes'),
         (dict(config=_set(label_names={'3': 'd'})), 'are not the names of its 3 classes'),
         (dict(config=_set(label_names={'a': 'd'})), 'are not the names of its 3 classes'),
         (dict(config=_set(label_names=7)), 'are not the names of its 3 classes'),
@@ -316,8 +246,6 @@ def _negative_variance(weights):
         (dict(config=lambda config: config['pretrained_cfg'].update(interpolation='nope')), 'cannot be prepared'),
         (dict(config=lambda config: config['pretrained_cfg'].update(std=[0, 0, 0])), 'error: local-dir:'),
         (dict(config=lambda config: config['pretrained_cfg'].update(input_size=[3, -5, 32])), 'error: local-dir:'),
-        (dict(config=lambda config: config['pretrained_cfg'].update(input_size=[3, 10**6, 10**6])), 'up to 4096'),
-        (dict(config=lambda config: config['pretrained_cfg'].update(crop_pct=1e-9)), 'from 0.1 on'),
         (dict(weights=_negative_variance), 'not finite'),
     ],
 )
@@ -340,8 +268,8 @@ def test_network_that_would_answer_at_random_is_refused(
     [
         ('regnet_reg_resnet20_convltsm', ['is not a model', 'Did you mean regnet_reg_resnet20_convlstm']),
         ('timm/resnet18.a1_in1k', ['is not a model', 'hf-hub:OWNER/NAME']),
-        ('regnet_reg_resnext50_2x40d_convlstm', ['has no pretrained weights']),
-        ('regnet_reg_resnet18_convlstm.nonsense', ["'nonsense'", 'warm_a1_in1k']),
+        ('regnet_reg_resnext50_2x40d_convlstm', ['No pretrained weights exist']),
+        ('regnet_reg_resnet18_convlstm.nonsense', ['nonsense']),
         ('resnet18.nonsense', ['nonsense']),
         ('local-dir:no/such/folder', ['no/such/folder']),
         ('nowhere:resnet18', ['nowhere']),
@@ -385,21 +313,7 @@ def test_class_without_a_label_is_given_by_its_index(photo):
 
 
 def test_default_model_ships_with_the_package_and_names_cifar10s_classes(classify, photo):
-    if not list(WEIGHTS_FOLDER.glob(f'{MODEL}.*')):
-        reason = f'no trained weights {WEIGHTS_FOLDER}/{MODEL}.*'
-        print(reason)
-        pytest.skip(reason)
     code, out, _ = classify(photo, '--topk', 10, '--json', model=None)
     assert code == 0
-    assert {p['label'] for p in json.loads(out)['images'][0]['predictions']} == {
-        'airplane',
-        'automobile',
-        'bird',
-        'cat',
-        'deer',
-        'dog',
-        'frog',
-        'horse',
-        'ship',
-        'truck',
-    }
+    classes = {'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'}
+    assert {p['label'] for p in json.loads(out)['images'][0]['predictions']} == classes

@@ -6,12 +6,16 @@ Every comparison is with the network as it was trained. What needs onnx, onnxrun
 import copy
 import os
 import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
+from PIL import Image, ImageOps
 from test_equations import enliven
+from timm.data import create_transform, resolve_data_config
 from timm.layers import BlurPool2d
 from timm.utils import reparameterize_model
 
@@ -46,7 +50,7 @@ typical = pytest.mark.parametrize('net', TYPICAL, indirect=True)
 FORMS = ('resnet20_convrnn', 'resnet50_convgru', 'resnet20_convlstm')
 
 with_onnx = pytest.mark.skipif(
-    any(map(export._is_missing, export.PACKAGES)),
+    any(find_spec(name) is None for name in export.PACKAGES),
     reason=f"onnx, onnxruntime and onnxscript aren't all installed: {export.INSTALL}",
 )
 
@@ -293,8 +297,6 @@ def run(capsys):
 
 @with_onnx
 def test_command_writes_both_files_and_prints_difference_and_accuracies(run, packaged, data_dir, tmp_path):
-    for left_by_a_killed_run in ('.net.onnx.999999999.new', '.net.int8.onnx.999999999.new'):
-        (tmp_path / left_by_a_killed_run).write_text('half')
     code, out, err = run(tmp_path / 'net.onnx', '--model', f'local-dir:{packaged}', '--int8', data_dir)
     assert code == 0
     assert all(label in err for label in ('scoring float32: ', 'calibrating: ', 'scoring int8: '))
@@ -303,6 +305,26 @@ def test_command_writes_both_files_and_prints_difference_and_accuracies(run, pac
     assert f'opset {export.OPSET}' in exported and 'batch x 3 x 32 x 32' in exported and 'differ' in exported
     assert f'{tmp_path}/net.onnx: top-1' in full and '12 images' in full
     assert f'{tmp_path}/net.int8.onnx: top-1' in quantized and '12 images' in quantized
+
+
+def test_int8_is_calibrated_on_images_as_the_network_is_used_on_them(image_folder, tmp_path):
+    """Training images with the border that `regnet-reg cifar` gives them, in which the recipes crop."""
+    shutil.copytree(image_folder / 'validation', tmp_path / 'validation')
+    for path in (tmp_path / 'validation').rglob('*.png'):
+        bordered = tmp_path / 'train' / path.parent.name / path.name
+        bordered.parent.mkdir(parents=True, exist_ok=True)
+        ImageOps.expand(Image.open(path), 4).save(bordered)
+    model = timm.create_model(
+        'regnet_reg_resnet20_convlstm', num_classes=3, pretrained_cfg_overlay={'label_names': None}
+    )
+    data_config = resolve_data_config(model=model)
+    calibration, scored = export._images(str(tmp_path), model, data_config)
+    scored.transform = create_transform(**data_config)
+    images = {name: image for (image, _), name in zip(scored, map(Path, scored.filenames()))}
+    names = calibration.dataset.filenames()
+    assert len(calibration) == 12
+    for (image, _), index in zip(calibration, calibration.indices):
+        assert torch.equal(image, images[Path(names[index])])
 
 
 @with_onnx
@@ -430,7 +452,6 @@ def test_full_disk_is_told_and_leaves_nothing(run, packaged, tmp_path, monkeypat
     'args, message',
     [
         (['net.pt'], 'ends in .onnx'),
-        (['nowhere/net.onnx'], 'nowhere: no such folder'),
         (['net.onnx', '--model', 'resnet51'], 'not a model that timm knows'),
         (['net.onnx', '--int8', 'nowhere'], 'nowhere/train: no such folder'),
         (['net.onnx', '--int8', ''], 'train: no such folder'),
@@ -445,6 +466,6 @@ def test_bad_arguments_are_named(run, args, message, tmp_path, monkeypatch):
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, '_is_missing', lambda name: name != 'onnx')
+    monkeypatch.setattr(export, 'find_spec', lambda name: 'found' if name == 'onnx' else None)
     code, _, err = run(tmp_path / 'net.onnx')
     assert code == 1 and 'onnxruntime and onnxscript' in err and 'pip install "timm-regnet-reg[export]"' in err

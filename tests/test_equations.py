@@ -38,14 +38,15 @@ def check(actual, expected, tolerance, what):
 def randomize(module, seed=0):
     """Random weights and statistics that leave no layer at its neutral start, rounded to float32."""
     generator = torch.Generator().manual_seed(seed)
-    for m in module.modules():
+    for path, m in module.named_modules():
         for name, p in list(m.named_parameters(recurse=False)) + list(m.named_buffers(recurse=False)):
             if name == 'num_batches_tracked':
                 continue
             if name == 'running_var' or (name == 'weight' and p.ndim == 1):
                 p.copy_(torch.rand(p.shape, generator=generator) + 0.5)
             else:
-                scale = 0.5 if p.ndim == 1 else 1 / math.sqrt(p[0].numel())
+                inputs = p[0].numel() * (2 if 'fusion_conv' in path else 1)  # two convolutions are summed
+                scale = 0.5 if p.ndim == 1 else 1 / math.sqrt(inputs)
                 p.copy_(torch.randn(p.shape, generator=generator) * scale)
     return module
 

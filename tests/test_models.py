@@ -227,44 +227,39 @@ def test_head_and_features_come_apart(net):
         assert lively(net, global_pool='catavgmax')(x).shape == logits.shape
 
 
-@pytest.mark.parametrize('net', ONE_OF_EACH)
-def test_intermediate_features(net):
+@pytest.mark.parametrize('indices, wanted', [(None, [0, 1, 2, 3]), (2, [2, 3]), ([-1, 1], [1, 3]), ([0], [0])], ids=str)
+@pytest.mark.parametrize('net', ['cifar', 'partly'])
+def test_intermediate_features(net, indices, wanted):
     model = lively(net)
     x = images(net)
-    expected = []
-    for name in ['act1'] + [f'layer{i}' for i in range(1, len(model.feature_info))]:
-        model.get_submodule(name).register_forward_hook(lambda *args: expected.append(args[-1].clone()))
-    last = len(model.feature_info) - 1
-    ran = []
-    getattr(model, f'layer{last}').register_forward_hook(lambda *args: ran.append(True))
+    if net == 'partly' and indices != [0]:
+        indices = [i + 1 for i in wanted]  # it has a stage more
+        wanted = indices
+    taps = []
+    for name in ['act1', *(info['module'] for info in model.feature_info[1:])]:
+        model.get_submodule(name).register_forward_hook(lambda *args: taps.append(args[-1].clone()))
     with torch.no_grad():
-        features = model.forward_features(x)
-        taps, expected = list(expected), []
-        assert len(taps) == last + 1
-        for indices, wanted in [
-            (None, range(last + 1)),
-            (1, [last]),
-            (2, [last - 1, last]),
-            ([0, 2], [0, 2]),
-            ([-1, 1], [1, last]),
-            ([0], [0]),
-        ]:
-            for norm in (False, True):
-                for stop_early in (False, True):
-                    ran.clear()
-                    final, found = model.forward_intermediates(x, indices, norm=norm, stop_early=stop_early)
-                    assert bool(ran) == (not stop_early or last in wanted)
-                    assert torch.equal(
-                        final, features if ran else taps[max(wanted)] if max(wanted) else model.maxpool(taps[0])
-                    )
-                    alone = model.forward_intermediates(
-                        x, indices, norm=norm, stop_early=stop_early, intermediates_only=True
-                    )
-                    for some in (found, alone):
-                        assert len(some) == len(wanted)
-                        assert all(torch.equal(f, taps[i]) for f, i in zip(some, wanted))
-        with pytest.raises(AssertionError, match='NCHW'):
-            model.forward_intermediates(x, output_fmt='NLC')
+        final, found = model.forward_intermediates(x, indices)
+        assert torch.equal(final, model.forward_features(x))
+        early, alone = model.forward_intermediates(x, indices, stop_early=True)
+    assert len(found) == len(alone) == len(wanted)
+    for i, feature, other in zip(wanted, found, alone):
+        assert torch.equal(feature, taps[i]) and torch.equal(other, taps[i])
+    assert torch.equal(early, taps[wanted[-1]] if wanted != [0] else model.maxpool(taps[0]))
+
+
+@pytest.mark.parametrize('net', REGULATED)
+def test_a_stages_last_block_gives_the_feature_map_alone(net):
+    """What visual explanations hook, as `model.layer4[-1]` of a plain ResNet."""
+    model = lively(net)
+    stages = [info['module'] for info in model.feature_info[1:]]
+    seen = {}
+    for stage in stages:
+        model.get_submodule(stage)[-1].register_forward_hook(lambda *args, stage=stage: seen.update({stage: args[-1]}))
+    with torch.no_grad():
+        features = model.forward_intermediates(images(net), intermediates_only=True)
+    for stage, feature in zip(stages, features[1:]):
+        assert torch.equal(seen[stage], feature)
 
 
 def load_by_suffix(wrapper, model):

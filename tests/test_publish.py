@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from timm_regnet_reg.__main__ import main
@@ -134,7 +134,7 @@ def test_publishing_again_sends_nothing_and_still_compares(hub, publish):
     assert publish()[0] == 0
     assert list(hub.repos['owner/tiny'].commits) == commits
     assert not any(request.startswith('PUT') for request in hub.requests)
-    assert any('/paths-info/' in request for request in hub.requests)
+    assert any('/tree/' in request for request in hub.requests)
 
 
 def test_create_pr_leaves_main_alone(packaged, hub, publish):
@@ -144,39 +144,16 @@ def test_create_pr_leaves_main_alone(packaged, hub, publish):
     assert hub.files('someone/else') == OTHER
     assert hub.files('someone/else', 'refs/pr/1') == {**OTHER, **sent(packaged)}
     code, _, err = publish('--create-pr', repo_id='owner/absent')
-    assert code == 1 and 'no such repository' in err and 'owner/absent' not in hub.repos
+    assert code == 1 and 'Repository Not Found' in err and 'owner/absent' not in hub.repos
 
 
-@pytest.mark.parametrize(
-    'flags, repo_id, words',
-    [
-        ([], 'owner/new', 'owner/new, revision main: would be created, public'),
-        (['--private'], 'owner/new', 'owner/new, revision main: would be created, private'),
-        ([], 'owner/tiny', 'owner/tiny, revision main: exists, public, at commit {head}'),
-        (['--create-pr'], 'owner/tiny', 'owner/tiny, a new pull request: exists, public, at commit {head}'),
-    ],
-)
-def test_dry_run_shows_what_would_go_where_and_changes_nothing(packaged, hub, publish, flags, repo_id, words):
-    head = hub.add_repo('owner/tiny', OTHER)
-    before = hub.snapshot()
-    code, out, _ = publish('--dry-run', *flags, repo_id=repo_id)
-    assert code == 0 and words.format(head=head) in out and hub.snapshot() == before
-    assert all(request.startswith('GET ') for request in hub.requests)
+@pytest.mark.parametrize('flags, place', [([], 'revision main'), (['--create-pr'], 'a new pull request')])
+def test_dry_run_shows_what_would_go_where_and_asks_nobody(packaged, hub, publish, flags, place):
+    code, out, _ = publish('--dry-run', *flags)
+    assert code == 0 and f'{hub.endpoint}/owner/tiny, {place}\n' in out and hub.requests == []
     for name in FILES:
         assert f'{(packaged / name).stat().st_size:,} bytes' in out and name in out
     assert (packaged / 'README.md').read_text().strip() in out
-
-
-def test_dry_run_without_network_says_that_it_could_not_ask(hub, publish):
-    hub.close()
-    code, out, _ = publish('--dry-run')
-    assert code == 0 and 'could not be asked whether it exists' in out
-
-
-def test_dry_run_refuses_what_would_be_refused(hub, publish):
-    assert 'no such repository' in publish('--dry-run', '--create-pr')[2]
-    hub.add_repo('owner/tiny', OTHER)
-    assert 'exists and is public' in publish('--dry-run', '--private')[2]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +174,7 @@ def test_spoiled_folder_never_reaches_the_hub(packaged, hub, publish, tmp_path):
     folder = shutil.copytree(packaged, tmp_path / 'folder')
     (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
     code, _, err = publish(folder=folder)
-    assert code == 1 and 'pickles (pytorch_model.bin)' in err and hub.requests == []
+    assert code == 1 and 'pytorch_model.bin is not expected' in err and hub.requests == []
 
 
 @pytest.mark.parametrize(
@@ -220,22 +197,34 @@ def test_without_the_right_to_write_nothing_changes(hub, publish, monkeypatch, t
     assert 'hf auth login' in err
 
 
-@pytest.mark.parametrize('target', ['new repository', 'existing repository', 'pull request'])
-@pytest.mark.parametrize('kind', ['500', 'drop'])
-@pytest.mark.parametrize('step', ['info', 'preupload', 'batch', 'upload', 'commit'])
-def test_a_fault_before_the_commit_changes_no_file_and_says_what_to_do(packaged, hub, publish, kind, step, target):
-    if target != 'new repository':
+@pytest.mark.parametrize(
+    'kind, step, exists, flags',
+    [
+        ('500', 'create', False, []),
+        ('drop', 'create', True, []),
+        ('500', 'preupload', False, []),
+        ('drop', 'preupload', True, ['--create-pr']),
+        ('500', 'batch', True, []),
+        ('drop', 'upload', False, []),
+        ('drop', 'upload', True, []),
+        ('500', 'commit', True, ['--create-pr']),
+        ('drop', 'commit', False, []),
+    ],
+)
+def test_a_fault_before_the_commit_changes_no_file_and_says_what_to_do(
+    packaged, hub, publish, kind, step, exists, flags
+):
+    if exists:
         hub.add_repo('owner/tiny', OTHER)
     before = hub.snapshot()
     hub.fault(kind, step)
-    flags = ['--create-pr'] * (target == 'pull request')
     code, _, err = publish(*flags)
     assert code == 1 and 'run the same command again' in err
-    assert ('nothing was sent' if step == 'info' else 'all of it arrived or nothing') in err
-    if target == 'new repository' and step != 'info':
-        assert 'was created, and stays' in err and list(hub.files('owner/tiny')) == ['.gitattributes']
-    else:
+    assert ('nothing was sent' if step == 'create' else 'all of it arrived or nothing') in err
+    if exists or step == 'create':
         assert hub.snapshot() == before
+    else:
+        assert list(hub.files('owner/tiny')) == ['.gitattributes']
     hub.faults.clear()
     assert publish(*flags)[0] == 0, 'the remedy works'
     assert hub.files('owner/tiny', 'refs/pr/1' if flags else 'main').items() >= sent(packaged).items()
@@ -267,7 +256,7 @@ def test_lost_answer_to_a_commit_is_told(packaged, hub, publish, flags, place):
     hub.add_repo('owner/tiny', OTHER)
     hub.fault('drop', 'answer', times=1)
     code, _, err = publish(*flags)
-    assert code == 1 and f'arrived or nothing: see {hub.endpoint}/owner/tiny/{place}.' in err
+    assert code == 1 and f'arrived or nothing: see {hub.endpoint}/owner/tiny/{place} (' in err
 
 
 def test_running_again_settles_a_lost_answer(packaged, hub, publish):
@@ -279,21 +268,6 @@ def test_running_again_settles_a_lost_answer(packaged, hub, publish):
     assert hub.files('owner/tiny') == {**OTHER, **sent(packaged)}
 
 
-def test_commit_of_somebody_else_in_between_is_not_overwritten(hub, publish, monkeypatch):
-    hub.add_repo('owner/tiny', OTHER)
-    original = HfApi.preupload_lfs_files
-
-    def meanwhile(self, *args, **kwargs):
-        repo = hub.repos['owner/tiny']
-        repo.commit('main', repo.commits[repo.refs['main']])
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(HfApi, 'preupload_lfs_files', meanwhile)
-    code, _, err = publish()
-    assert code == 1 and 'A commit has happened since' in err
-    assert hub.files('owner/tiny') == OTHER
-
-
 def test_corrupted_download_is_found_by_checking_the_folder(packaged, hub, tmp_path):
     """huggingface_hub itself compares sizes only, so a flipped bit passes its download."""
     hub.add_repo('owner/tiny', sent(packaged))
@@ -302,13 +276,6 @@ def test_corrupted_download_is_found_by_checking_the_folder(packaged, hub, tmp_p
     bad = snapshot_download('owner/tiny', cache_dir=tmp_path / 'bad', endpoint=hub.endpoint)
     with pytest.raises(UserError, match='damaged|is not a config'):
         check_folder(bad)
-
-
-def test_corrupted_weights_do_not_become_a_model(packaged, hub):
-    hub.add_repo('owner/tiny', sent(packaged))
-    hub.fault('corrupt', 'read', skip=1)  # config.json arrives well
-    with pytest.raises(RuntimeError, match='SHA-256'):
-        timm.create_model('hf-hub:owner/tiny', pretrained=True)
 
 
 def test_cut_short_download_is_an_error(packaged, hub, tmp_path):

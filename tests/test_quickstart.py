@@ -1,7 +1,4 @@
-"""`quickstart`: the real tour on fewer images, and what it says when it can't go on.
-
-It starts from the packaged weights, or from untrained ones in a folder of the same form where those are missing.
-"""
+"""`quickstart`: the real tour on fewer images, and what it says when it can't go on."""
 
 import re
 import sys
@@ -17,24 +14,10 @@ from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.commands import quickstart as command
 from timm_regnet_reg.commands.quickstart import Digits, quickstart
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.pretrained import WEIGHTS_FOLDER
-from timm_regnet_reg.weights.folder import FILES, check_folder, model_card, save_folder
-from timm_regnet_reg.weights.scoring import Score
+from timm_regnet_reg.weights.folder import FILES, check_folder
 
 CIFAR10 = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 NAME = f'{MODEL}.digits'
-
-
-@pytest.fixture(scope='module')
-def start(tmp_path_factory):
-    """Name of the model to start from."""
-    if list(WEIGHTS_FOLDER.glob(f'{MODEL}.*')):
-        return MODEL
-    torch.manual_seed(0)
-    model = timm.create_model(MODEL)
-    card = model_card(f'{MODEL}.none', Score(10.0, 50.0, 1, CIFAR10), 'none', 'apache-2.0', {}, 'Nothing to reproduce.')
-    folder = tmp_path_factory.mktemp('start') / f'{MODEL}.none'
-    return f'local-dir:{save_folder(model, folder, "none", card, CIFAR10, "apache-2.0")}'
 
 
 @pytest.fixture
@@ -43,8 +26,8 @@ def short(monkeypatch):
     monkeypatch.setattr(command, 'HELD_OUT', 20)
 
 
-def test_the_whole_tour(start, tmp_path, capsys):
-    folder = quickstart(tmp_path / 'new', start, epochs=1, max_images=640)
+def test_the_whole_tour(tmp_path, capsys):
+    folder = quickstart(tmp_path / 'new', epochs=1, max_images=640)
     out, err = capsys.readouterr()
     assert re.findall(r'^(\d/\d) ', out, re.MULTILINE) == ['1/5', '2/5', '3/5', '4/5', '5/5']
     assert len(re.findall(rf'^ +[\d.]+ %  ({"|".join(CIFAR10)})$', out, re.MULTILINE)) == 3
@@ -54,8 +37,7 @@ def test_the_whole_tour(start, tmp_path, capsys):
     images, before, after = re.search(r'on (\d+) held-out digits: ([\d.]+) % before, ([\d.]+) % after', out).groups()
     assert int(images) == 360
     assert float(before) < 25
-    # untrained weights get nowhere in 20 batches
-    assert float(after) > (40 if start == MODEL else float(before))
+    assert float(after) > 40
 
     # what it left holds what it said, and loads
     assert folder == tmp_path / 'new' / NAME
@@ -93,29 +75,29 @@ def test_digits_are_split_without_overlap_and_keep_their_labels():
     assert found == expected
 
 
-def test_an_earlier_result_is_replaced_but_nothing_else(start, tmp_path, short, monkeypatch):
-    folder = quickstart(tmp_path, start, epochs=1, max_images=32)
+def test_an_earlier_result_is_replaced_but_nothing_else(tmp_path, short, monkeypatch):
+    folder = quickstart(tmp_path, epochs=1, max_images=32)
     first = (folder / 'model.safetensors').read_bytes()
-    quickstart(tmp_path, start, epochs=1, max_images=64)
+    quickstart(tmp_path, epochs=1, max_images=64)
     assert (folder / 'model.safetensors').read_bytes() != first
 
     (folder / 'thesis.txt').write_text('precious')
     monkeypatch.setattr(command, '_fine_tune', lambda *args: pytest.fail('the work began'))
     with pytest.raises(UserError, match='thesis.txt'):
-        quickstart(tmp_path, start, epochs=1, max_images=32)
+        quickstart(tmp_path, epochs=1, max_images=32)
     assert {path.name for path in folder.iterdir()} == {*FILES, 'thesis.txt'}
 
 
 @pytest.mark.parametrize('output, message', [('/proc/new', 'cannot be written'), ('n' * 300, 'cannot be written')])
-def test_place_that_cannot_be_written_is_told_before_the_work(output, message, start, tmp_path, monkeypatch):
+def test_place_that_cannot_be_written_is_told_before_the_work(output, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, '_fine_tune', lambda *args: pytest.fail('the work began'))
     with pytest.raises(UserError, match=message):
-        quickstart(output, start)
+        quickstart(output)
     assert not list(tmp_path.iterdir())
 
 
-def test_outputs_that_differ_after_loading_are_an_error(start, tmp_path, short, monkeypatch):
+def test_outputs_that_differ_after_loading_are_an_error(tmp_path, short, monkeypatch):
     create_model = timm.create_model
 
     def create_another(name, *args, **kwargs):
@@ -126,7 +108,7 @@ def test_outputs_that_differ_after_loading_are_an_error(start, tmp_path, short, 
 
     monkeypatch.setattr(timm, 'create_model', create_another)
     with pytest.raises(RuntimeError, match='not the one that was saved'):
-        quickstart(tmp_path, start, epochs=1, max_images=32)
+        quickstart(tmp_path, epochs=1, max_images=32)
 
 
 def test_missing_scikit_learn_names_what_to_install(monkeypatch, tmp_path, capsys):

@@ -5,38 +5,38 @@ import importlib
 import os
 import signal
 import sys
-from types import FrameType
-from typing import List, NoReturn, Optional, Sequence
+from typing import Optional, Sequence
+
+import torch
 
 from . import __version__
 from .commands import COMMANDS
 from .errors import UserError
 
-_DESCRIPTION = 'Regulated networks (RegNet, arXiv 2101.00590) for timm.'
-_EPILOG = """\
-regnet-reg COMMAND --help and regnet-reg help COMMAND give the details of a command.
-The same as python -m timm_regnet_reg COMMAND.
-"""
+# commands that compute for long where there is no GPU
+ON_CPU = ('quickstart', 'classify', 'package', 'export', 'similarity')
 
 
 def _create_parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser('regnet-reg', None, _DESCRIPTION, _EPILOG, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        'regnet-reg',
+        description='Regulated networks (RegNet, arXiv 2101.00590) for timm.',
+        epilog='regnet-reg COMMAND --help, or regnet-reg help COMMAND, gives the details of a command.',
+    )
     parser.add_argument('--version', action='version', version=f'regnet-reg {__version__}')
     subparsers = parser.add_subparsers(title='commands', dest='command', metavar='COMMAND', required=True)
     for name in COMMANDS:
         command = importlib.import_module(f'.commands.{name}', __package__)
         description = (command.__doc__ or '').replace('``', '')
         subparser = subparsers.add_parser(
-            name, help=description.partition('\n')[0], description=description, formatter_class=formatter
+            name,
+            help=description.partition('\n')[0],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(subparser)
         subparser.set_defaults(main=command.main)
     return parser
-
-
-def _exit_on_signal(number: int, frame: Optional[FrameType]) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _prepare_process() -> None:
@@ -49,11 +49,22 @@ def _prepare_process() -> None:
     for name in ('SIGTERM', 'SIGHUP'):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
-            signal.signal(number, _exit_on_signal)
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
-def _output_failure(text: str = '') -> Optional[OSError]:
-    """Write out what was printed, and `text`; if that fails drop it, as python would try again at exit, and say why."""
+def _spare_the_cores(args: argparse.Namespace) -> None:
+    """Starts this process again so that OpenMP's threads sleep while they wait, which is settled when torch loads.
+
+    They would spin, and beside other work a step of training would take ten times as long.
+    """
+    on_cpu = args.command in ON_CPU and getattr(args, 'device', 'cpu') == 'cpu' and torch.get_num_threads() > 1
+    if sys.platform == 'linux' and on_cpu and not os.environ.keys() & {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'}:
+        os.environ['OMP_WAIT_POLICY'] = 'passive'
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _flush(text: str = '') -> Optional[OSError]:
+    """Writes out what was printed, and `text`; if that fails, drops it, as python would try again, and says why."""
     failure = None
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -65,14 +76,6 @@ def _output_failure(text: str = '') -> Optional[OSError]:
     return failure
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or 'DefaultCPUAllocator' in str(error):  # how the CPU's allocator signs
-        return True
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command.
 
@@ -81,55 +84,50 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     Returns:
         Exit code: 0 on success, 1 after an error that a line on stderr tells, 130 after an interrupt, 141 when nobody
-        reads the output any more.
-
-    Raises:
-        SystemExit: With code 2 on arguments that don't parse, 0 after ``--help``, 128 + its number after a signal, and
-            whatever a script run by ``run`` exits with. Any other error of such a script passes through, too.
+        reads the output any more. SystemExit carries 2 for arguments that don't parse and 128 + its number after a
+        signal. Whatever a script run by ``run`` raises passes through.
     """
-    arguments: List[str] = sys.argv[1:] if argv is None else list(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ['help']:
         arguments = [*arguments[1:2], '--help']
-
-    # What follows the script belongs to the script. argparse would take some of it (--help, --) for its own.
-    script_args: List[str] = []
-    if arguments[:1] == ['run']:
-        arguments, script_args = arguments[:2], arguments[2:]
-    elif argv is None:
+    if arguments[:1] == ['run']:  # argparse would take some of the script's arguments (--help, --) for its own
+        args = _create_parser().parse_args(arguments[:2])
+        args.args = arguments[2:]
+        args.main(args)
+        return 0
+    if argv is None:
         _prepare_process()
 
     message, failure = '', None
     try:
-        try:
-            args = _create_parser().parse_args(arguments)
-            if args.command != 'run':
-                args.main(args)
-        finally:
-            failure = _output_failure()
+        args = _create_parser().parse_args(arguments)
+        if argv is None:
+            _spare_the_cores(args)
+        args.main(args)
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
         return 130
     except OSError:
-        failure = failure or _output_failure('\n')  # nothing may be left to write: does anything go through?
+        failure = _flush('\n')  # nothing may be left to write: does anything go through?
         if failure is None:
             raise
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:  # the last is how the CPU's allocator signs
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and 'DefaultCPUAllocator' not in str(error):
             raise
         message = f'out of memory ({str(error).partition(chr(10))[0]}); give a smaller batch or smaller images'
-    if not message and failure is not None and not isinstance(failure, BrokenPipeError):
+    except SystemExit:
+        _flush()
+        raise
+    failure = failure or _flush()
+    if isinstance(failure, BrokenPipeError) and not message:
+        return 141
+    if failure and not message:
         message = f'the output cannot be written: {failure}'
     if message:
         # here, where the error's frames are gone, and their progress bars with them: the message starts a line
         print(f'regnet-reg: error: {message}', file=sys.stderr)
-        return 1
-    if failure is not None:
-        return 141
-    if args.command == 'run':  # here, where nothing is made of a script's errors
-        args.args = script_args
-        args.main(args)
-    return 0
+    return 1 if message else 0
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 
 import argparse
 
-__all__ = ['DEFAULT_MODEL', 'add_device', 'count', 'positive', 'words']
+__all__ = ['DEFAULT_MODEL', 'add_data', 'add_device', 'add_model', 'count', 'positive', 'words']
 
 DEFAULT_MODEL = 'regnet_reg_resnet20_convlstm'
 
@@ -29,6 +29,19 @@ def words(text: str) -> str:
     except UnicodeEncodeError as error:
         raise argparse.ArgumentTypeError(f'{text!r} was given, expected text in UTF-8') from error
     return ' '.join(text.split())
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--data-dir', required=True, metavar='DIR', help='holds {split}/<class>/<image>')
+    parser.add_argument('--split', default='validation', help='folder of the images (default: %(default)s)')
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--model',
+        default=DEFAULT_MODEL,
+        help="a model of timm's with weights, hf-hub:OWNER/NAME or local-dir:FOLDER (default: %(default)s)",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

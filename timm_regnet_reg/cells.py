@@ -11,9 +11,11 @@ import torch.nn as nn
 from torch import sigmoid, tanh
 
 from . import fused
-from .equations import Kernels, State, convgru, convlstm, convrnn
+from .equations import Kernels, State, convgru, convlstm, convrnn, kernels
 
 __all__ = ['CELLS', 'ConvGRU', 'ConvLSTM', 'ConvRNN', 'RegulatorCell', 'reparameterize_cell']
+
+torch.fx.wrap('kernels')  # the name that is called from here
 
 
 @torch.fx.wrap  # symbolic tracing can't follow its conditions: a node of the graph instead
@@ -61,12 +63,12 @@ class RegulatorCell(nn.Module):
         nn.init.kaiming_normal_(self.depthwise, nonlinearity='linear')
         nn.init.zeros_(self.bias)
 
-    def merged_kernels(self) -> Kernels:
-        """All gates' kernels of X and of H, each a product of a pointwise and a depthwise one, and biases."""
+    def merged_kernels(self) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All gates' kernels of X and of H, (G, N, 1, 3, 3), products of pointwise and depthwise; biases (G, N)."""
         shape = (-1, self.channels, 1, 3, 3)
         K_x = (self.pointwise[:, :1] * self.depthwise).view(shape)
         K_h = (self.pointwise[:, 1:] * self.depthwise).view(shape)
-        return [K_x, K_h, self.bias.view(-1, self.channels)]
+        return K_x, K_h, self.bias.view(-1, self.channels)
 
     def forward(self) -> Kernels:
         """The kernels of the time steps.
@@ -76,7 +78,7 @@ class RegulatorCell(nn.Module):
         K_x, K_h, b = self.merged_kernels()
         # cloned, as a view of a parameter says that it requires a gradient even under no_grad, and torch's counter of
         # operations, which meets the kernels as arguments of the blocks, then looks for one
-        return [as_autocast(K_x), as_autocast(K_h), as_autocast(b.clone())]
+        return kernels(as_autocast(K_x), as_autocast(K_h), as_autocast(b.clone()))
 
 
 class ConvRNN(RegulatorCell):

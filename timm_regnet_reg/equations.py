@@ -23,18 +23,29 @@ import torch.fx
 import torch.nn.functional as F
 from torch import sigmoid, tanh
 
-__all__ = ['Kernels', 'State', 'conv', 'convgru', 'convlstm', 'convrnn', 'split_gates']
+__all__ = ['Kernels', 'State', 'conv', 'convgru', 'convlstm', 'convrnn', 'kernels', 'split_gates']
 
-Kernels = List[torch.Tensor]  # of G gates: of X (G, N, 1, 3, 3), of H (G, N, 1, 3, 3), biases (G, N); of one: no G
+# of G gates the kernels of X (G, N, 1, 3, 3), of H (G, N, 1, 3, 3) and the biases (G, N); after them the same three of
+# each gate by itself, without the dimension G
+Kernels = List[torch.Tensor]
 State = Tuple[torch.Tensor, Optional[torch.Tensor]]  # H and C, (B, N, height, width) each
 
 
-@torch.fx.wrap  # symbolic tracing can't follow its loop: a node of the graph instead
+@torch.fx.wrap  # symbolic tracing can't follow its loop: a node of the graph instead, and so below
+def kernels(K_x: torch.Tensor, K_h: torch.Tensor, b: torch.Tensor) -> Kernels:
+    """What the time steps of a stage are given, taken apart once for all of them."""
+    W = [K_x, K_h, b]
+    for gate_x, gate_h, gate_b in zip(K_x.unbind(), K_h.unbind(), b.unbind()):
+        W += [gate_x, gate_h, gate_b]
+    return W
+
+
+@torch.fx.wrap
 def split_gates(W: Kernels) -> List[Kernels]:
     """The kernels of each gate by itself."""
     gates: List[Kernels] = []
-    for K_x, K_h, b in zip(W[0].unbind(), W[1].unbind(), W[2].unbind()):
-        gates.append([K_x, K_h, b])
+    for first in range(3, len(W), 3):
+        gates.append(W[first : first + 3])
     return gates
 
 

@@ -206,10 +206,10 @@ class CifarRegulatedResNet(RegulatedResNet):
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
         """As timm's ResNet, with a feature less."""
-        indices, last = feature_take_indices(4, indices)
+        taken, last = feature_take_indices(4, indices)
         if last == 3 and not prune_head:  # of timm's ResNet, feature 3 isn't the last one
-            return indices
-        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
+            return taken
+        return super().prune_intermediate_layers(taken, prune_norm, prune_head)
 
 
 def check_arguments(output_strides: Sequence[int], in_chans: int = 3, output_stride: int = 32, **_: Any) -> None:

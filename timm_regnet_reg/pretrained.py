@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping
 
 import torch
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg
@@ -41,11 +41,8 @@ if not WEIGHTS_FOLDER.is_dir():
 
 def file_sha256(path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def trained_cfgs() -> Dict[str, PretrainedCfg]:
@@ -101,108 +98,54 @@ def warm_start_cfgs(name: str, backbone: str) -> Dict[str, PretrainedCfg]:
     return {f'{name}.warm_{cfg.tag}': warm_start_cfg(name, cfg) for cfg in cfgs}
 
 
-def check_weights(
-    state_dict: Mapping[str, Any],
-    model: torch.nn.Module,
-    is_optional: Callable[[str], bool] = lambda key: False,
-    adapted: Sequence[Tuple[str, int]] = (),
-) -> None:
-    """Check that a state dict is the network's, and finite.
-
-    Args:
-        state_dict: What was loaded.
-        model: The network that it is for.
-        is_optional: Says of a key whether it may be missing or extra.
-        adapted: Beginnings of keys, and the dimension in which these weights may differ, as then they are adapted.
-
-    Raises:
-        UserError: Weights are missing, unexpected, no floating-point tensors, of another shape or not finite.
-    """
-    own = model.state_dict()
-    state_dict = dict(state_dict)
-    split_fusions(state_dict)
-    # counters alone are integers
-    types = {key: isinstance(v, torch.Tensor) and v.is_floating_point() for key, v in state_dict.items()}
-    remedy = 'Give the model, with its arguments, that was trained, or weights of this one.'
-    for problem, remedy, keys in (
-        ('missing', remedy, [key for key in own if key not in state_dict and not is_optional(key)]),
-        ('unexpected', remedy, [key for key in state_dict if key not in own and not is_optional(key)]),
-        (
-            'not floating-point tensors',
-            'Give weights as they were trained, and not as they were quantised.',
-            [key for key, is_float in types.items() if not is_float and not key.endswith('num_batches_tracked')],
-        ),
-        (
-            'of another shape',
-            remedy,
-            [
-                f'{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}'
-                for key, value in state_dict.items()
-                if key in own and isinstance(value, torch.Tensor) and value.shape != own[key].shape
-                if not any(
-                    key.startswith(beginning) and value.shape[dim : dim + 1] != own[key].shape[dim : dim + 1]
-                    for beginning, dim in adapted
-                )
-            ],
-        ),
-        (
-            'not finite',
-            'Take a checkpoint from before the training diverged.',
-            [key for key, value in state_dict.items() if types[key] and not value.isfinite().all()],
-        ),
-    ):
-        if keys:
-            raise UserError(
-                f'{len(keys)} weights are {problem}: {", ".join(keys[:4])}{", …" if len(keys) > 4 else ""}. {remedy}'
-            )
-
-
-def filter_checkpoint(state_dict: Dict[str, torch.Tensor], model: RegulatedResNet) -> Dict[str, torch.Tensor]:
-    """timm's checkpoint filter: weights under the names that they have today.
-
-    Args:
-        state_dict: What was loaded for the model, of any version of this package.
-        model: The network that it is for.
-    """
+def filter_checkpoint(state_dict: Mapping[str, Any], model: torch.nn.Module) -> Dict[str, Any]:
+    """timm's checkpoint filter: weights of any version of this package, under the names that they have today."""
     state_dict = dict(state_dict)
     split_fusions(state_dict)
     return state_dict
 
 
-def start_warm(state_dict: Dict[str, torch.Tensor], model: RegulatedResNet) -> Dict[str, torch.Tensor]:
-    """A backbone's weights, and with them those of regulators that change nothing.
+def check_weights(
+    state_dict: Mapping[str, Any], model: torch.nn.Module, is_optional: Callable[[str], bool] = lambda key: False
+) -> None:
+    """Check that a state dict is the network's, and finite; of shapes torch tells when it loads them.
 
     Args:
-        state_dict: The backbone's.
-        model: The network that they are for.
+        state_dict: What was loaded.
+        model: The network that it is for.
+        is_optional: Says of a key whether it may be missing or extra.
 
     Raises:
-        UserError: The network has layers that can't be started so.
+        UserError: Weights are missing, unexpected, no floating-point tensors or not finite.
     """
-    try:
-        check_regulated(model)
-    except TypeError as error:  # which timm would take for a filter's without the argument `model`
-        raise UserError(f'The network cannot start with the weights of a backbone. {error}') from error
-    model.load_state_dict({key: value for key, value in state_dict.items() if '.bn' in key}, strict=False)
-    for stage in model.stages():
-        if isinstance(stage, RegulatedStage):
-            stage.start_at_identity()
-    return {**state_dict, **{key: value for key, value in model.state_dict().items() if _is_added(key)}}
+    own, given = model.state_dict(), filter_checkpoint(state_dict, model)
+    weights = {key: value for key, value in given.items() if not key.endswith('num_batches_tracked')}
+    floats = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    missing = [key for key in own if key not in given and not is_optional(key)]
+    unexpected = [key for key in given if key not in own and not is_optional(key)]
+    infinite = [key for key, value in floats.items() if not value.isfinite().all()]
+    for problem, keys, remedy in (
+        ('missing', missing, 'Give the model, with its arguments, that was trained'),
+        ('unexpected', unexpected, 'Give the model, with its arguments, that was trained'),
+        ('not floating-point tensors', [*(weights.keys() - floats.keys())], 'Give weights that are not quantised'),
+        ('not finite', infinite, 'Take a checkpoint from before the training diverged'),
+    ):
+        if keys:
+            raise UserError(
+                f'{len(keys)} weights are {problem}: {", ".join(keys[:4])}{", …" if len(keys) > 4 else ""}. {remedy}.'
+            )
 
 
-def _is_added(key: str) -> bool:
-    return '.regulator' in key or '.fusion' in key
-
-
-def prepare_checkpoint(state_dict: Dict[str, torch.Tensor], model: RegulatedResNet) -> Dict[str, torch.Tensor]:
-    """What timm is to load: filtered, with the regulators that a warm start lacks, and checked.
+def prepare_checkpoint(state_dict: Dict[str, Any], model: RegulatedResNet) -> Dict[str, Any]:
+    """What timm is to load: filtered, checked, and with the regulators that a backbone's weights lack.
 
     Args:
         state_dict: What was loaded for the model.
         model: The network that it is for.
 
     Raises:
-        UserError: As `check_weights` and `start_warm`. timm itself lets keys pass where it adapts the classifier.
+        UserError: As `check_weights`, as timm lets keys pass where it adapts the classifier; or the network has layers
+            that can't start with a backbone's weights.
     """
     state_dict = filter_checkpoint(state_dict, model)
     cfg = model.pretrained_cfg
@@ -212,10 +155,23 @@ def prepare_checkpoint(state_dict: Dict[str, torch.Tensor], model: RegulatedResN
     def is_optional(key: str) -> bool:  # the classifier may be another one, and older files lack the counters
         return key.startswith('fc.') or key.endswith('.num_batches_tracked') or (warm_start and _is_added(key))
 
-    # timm adapts these to other numbers of classes and channels
-    adapted = [('fc.', 0), (f'{cfg["first_conv"]}.', 1)]
     try:
-        check_weights(state_dict, model, is_optional, adapted)
-        return start_warm(state_dict, model) if warm_start else state_dict
-    except UserError as error:
+        if warm_start:
+            check_regulated(model)
+        check_weights(state_dict, model, is_optional)
+    except (UserError, TypeError) as error:  # a TypeError timm would take for a filter's without the argument `model`
         raise UserError(f'The weights of {cfg["architecture"]} could not be loaded. {error}') from error
+    return {**state_dict, **_warm_regulators(state_dict, model)} if warm_start else state_dict
+
+
+def _warm_regulators(state_dict: Dict[str, Any], model: RegulatedResNet) -> Dict[str, Any]:
+    """Weights of regulators that change nothing in a network with these weights of its backbone."""
+    model.load_state_dict({key: value for key, value in state_dict.items() if '.bn' in key}, strict=False)
+    for stage in model.stages():
+        if isinstance(stage, RegulatedStage):
+            stage.start_at_identity()
+    return {key: value for key, value in model.state_dict().items() if _is_added(key)}
+
+
+def _is_added(key: str) -> bool:
+    return '.regulator' in key or '.fusion' in key

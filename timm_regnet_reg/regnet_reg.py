@@ -106,29 +106,17 @@ def _cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
 def _models() -> Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]]:
     """name: (class, arguments, cfg, docstring) of every model."""
     models: Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]] = {}
-    for backbone, args in BACKBONES.items():
-        first_conv = 'conv1.0' if args.get('stem_type') else 'conv1'
-        for cell, cell_class in CELLS.items():
-            models[f'regnet_reg_{backbone}_{cell}'] = (
-                RegulatedResNet,
-                dict(args, cell=cell),
-                _cfg(first_conv=first_conv),
-                f'{backbone} regulated by a {cell_class.__name__} in every stage, ImageNet form.',
-            )
-    for backbone, args in CIFAR_BACKBONES.items():
-        models[f'cifar_{backbone}'] = (
-            CifarRegulatedResNet,
-            dict(args, regulated_stages=()),
-            _cifar_cfg(),
-            f'The plain {backbone} for 32x32 images that the regulated ones are compared with.',
-        )
-        for cell, cell_class in CELLS.items():
-            models[f'regnet_reg_{backbone}_{cell}'] = (
-                CifarRegulatedResNet,
-                dict(args, cell=cell),
-                _cifar_cfg(),
-                f'{backbone} for 32x32 images, regulated by a {cell_class.__name__} in every stage.',
-            )
+    for model_class, backbones in ((RegulatedResNet, BACKBONES), (CifarRegulatedResNet, CIFAR_BACKBONES)):
+        for backbone, args in backbones.items():
+            if model_class is CifarRegulatedResNet:
+                cfg, form = _cifar_cfg(), '32x32 images'
+                doc = f'The plain {backbone} for {form} that the regulated ones are compared with.'
+                models[f'cifar_{backbone}'] = model_class, dict(args, regulated_stages=()), cfg, doc
+            else:
+                cfg, form = _cfg(first_conv='conv1.0' if args.get('stem_type') else 'conv1'), '224x224 images'
+            for cell, cell_class in CELLS.items():
+                doc = f'{backbone} for {form}, regulated by a {cell_class.__name__} in every stage.'
+                models[f'regnet_reg_{backbone}_{cell}'] = model_class, dict(args, cell=cell), cfg, doc
     return models
 
 
@@ -197,7 +185,7 @@ def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: s
     cell = model_args.get('cell')
 
     def create(pretrained: bool = False, **kwargs) -> RegulatedResNet:
-        if kwargs.get('cell', cell) != cell or not cell and kwargs.get('regulated_stages', ()) not in ((), []):
+        if kwargs.get('cell', cell) != cell or (not cell and kwargs.get('regulated_stages', ()) not in ((), [])):
             raise ValueError(
                 f'{name} is {f"regulated by a {cell}" if cell else "a plain network"}, as its name says. For another '
                 'cell or a regulated network choose the model of that name, regnet_reg_{backbone}_{cell}.'

@@ -1,22 +1,24 @@
-"""Measure throughput and memory beside the plain networks.
+"""Measure speed and memory beside the plain networks.
 
     regnet-reg bench                                            # ResNet-20 and ResNet-50 and what regulates them
     regnet-reg bench --backbone resnet101 --batch-size 32
-    regnet-reg bench --scaling                                  # time over batch, pixels and blocks
+    regnet-reg bench --networks convlstm --threads 1            # these beside the plain one
+    regnet-reg bench --amp --compile                            # on a GPU, README's table of one
 
-A backbone is measured plain, regulated by each cell, and with two other regulators in the same place:
+A backbone is measured plain, regulated by each cell, and, on the CPU, with two other regulators in the same place:
 
-    naive convlstm   the cell as its equations are written, a grouped 1x1 and a depthwise 3x3 convolution for every gate
-    dense convrnn    a 3x3 convolution of X and H, all channels to all, for the gate, as other implementations have it
+    naive-convlstm   the cell as its equations are written, a grouped 1x1 and a depthwise 3x3 convolution for every gate
+    dense-convrnn    a 3x3 convolution of X and H, all channels to all, for the gate, as other implementations have it
 
-in three phases: train (forward and backward, no optimizer), inference, and regulators, which is the inference of the
-regulators alone, all steps of all stages. "folded" networks have their batch norms folded into their convolutions:
-regulated ones by timm.utils.reparameterize_model, the plain one by torch.fx.
+at training (forward and backward, no optimizer) and inference; on the CPU also reparameterised, with batch norms fused
+with convolutions: regulated networks by timm.utils.reparameterize_model, the plain one by torch.fx. On a GPU each cell
+is measured with fused time steps, too, and of each network the kernels alone, their number, and a step in a CUDA graph.
+All run in channels_last, and cuDNN chooses its algorithms by trial, as in timm's train.py.
 
-Every network runs in the memory format, contiguous or channels_last, that a short trial shows to be the faster one.
-Repeats are interleaved: every network once, then every network once again. Figures are medians, with the smallest and
-the largest in brackets; a ratio is that of two networks in the same repeat, and folded networks are compared with the
-folded plain one, compiled networks with the compiled plain one.
+A table is printed for each backbone, row by row as it is measured. Repeats are interleaved: every network once, then
+every network once again. Figures are medians; "speed ÷ plain" is the plain network's time by the network's in the same
+repeat, and "memory ÷ plain" the network's memory by the plain one's. The spread is how far the farthest of a row's
+repeats is from its median. What fails for a network is told, and left out.
 
 Peak memory is that of a training step above the loaded network and its input, so it holds activations, gradients and
 torch's workspaces. On the CPU it is summed up from the allocations and releases that torch's profiler reports, which
@@ -24,11 +26,13 @@ leaves out what oneDNN allocates by itself inside of an operation; on a GPU it i
 """
 
 import argparse
-import math
 import os
 import platform
+import re
 import statistics
-from typing import Callable, Dict, Iterator, List, Sequence, Tuple
+import traceback
+from pathlib import Path
+from typing import Any, Callable, Dict, List
 
 import timm
 import torch
@@ -37,244 +41,179 @@ from timm.utils import reparameterize_model
 from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
-from ..arguments import add_device, positive
+import timm_regnet_reg
+
+from ..arguments import positive
 from ..cells import CELLS
 from ..errors import UserError
-from ..papers.baselines import DENSE, NAIVE, PLAIN, Regulators, networks, regulator_inputs
-from ..papers.timing import Contender, infer, measure, measure_peaks, train
-from ..regnet_reg import CIFAR_BACKBONES
+from ..papers.baselines import BASELINES, PLAIN, create
+from ..papers.tables import header, row
+from ..papers.timing import Step, capture, inference_step, kernels, peak_memory, stopwatch, training_step
+from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 from ..weights.scoring import check_device
 
-__all__ = ['bench', 'scaling', 'scaling_exponent']
+__all__ = ['Bench']
+
+Steps = Dict[str, Any]  # of each column, or what was made of it
+Figures = Dict[str, List[float]]  # of each column, repeat by repeat
+FUSED = ' fused'
 
 
-def _contenders(
-    models: Dict[str, nn.Module],
-    run: Callable[..., None],
-    inputs: Sequence[torch.Tensor],
-    kind: str = '',
-    eager: Sequence[Contender] = (),
-) -> List[Contender]:
-    """The first is the others' reference; eager ones are matched by name."""
-    contenders: List[Contender] = []
-    for name, model in models.items():
-        contenders.append(
-            Contender(
-                f'{name}, {kind}' if kind else name,
-                model,
-                run,
-                inputs,
-                reference=contenders[0] if contenders else None,
-                eager=next((contender for contender in eager if contender.name == name), None),
-            )
-        )
-    return contenders
+class Bench:
+    """Measures networks side by side, and prints a row of a Markdown table for each kind of figure."""
 
+    def __init__(self, networks: List[str], repeats: int, device: torch.device, amp: bool, gpu: bool) -> None:
+        """
+        Args:
+            networks: Names as `create` takes them.
+            repeats: How often each is timed.
+            device: Where.
+            amp: In bfloat16 autocast, and not in float32.
+            gpu: Measure what only a GPU has: fused time steps, kernels and graphs.
+        """
+        self.networks, self.repeats, self.device, self.amp, self.gpu = networks, repeats, device, amp, gpu
+        self.columns = [*networks, *(name + FUSED for name in networks if gpu and name in CELLS)]
+        self.failures: List[str] = []
 
-def _progress(what: str, total: int) -> tqdm:
-    return tqdm(desc=what, total=total, leave=False, unit='run')
+    def run(self, backbone: str, batch_size: int, compile: bool) -> None:
+        """Prints the table of a backbone, 'resnet20', say; with `compile` also of its networks compiled."""
+        torch.manual_seed(0)
+        models = {
+            name: model.to(memory_format=torch.channels_last)
+            for name, model in create(backbone, self.networks, self.device).items()
+        }
+        size = timm.get_pretrained_cfg(f'regnet_reg_{backbone}_convlstm').input_size
+        images = torch.randn(batch_size, *size, device=self.device).contiguous(memory_format=torch.channels_last)
+        print(f'\n{backbone}, batch {batch_size}, {"x".join(map(str, size[1:]))}\n')
+        print(*header(['', *self.columns, 'spread']), sep='\n', flush=True)
 
+        def train(model: nn.Module) -> Step:
+            return training_step(model.train(), images, self.amp)
 
-def bench(
-    backbone: str,
-    batch_size: int,
-    image_size: int,
-    repeats: int,
-    device: torch.device,
-    compile: bool = False,
-) -> Iterator[Tuple[str, List[Contender]]]:
-    """Measure a backbone and what regulates it.
+        def infer(model: nn.Module) -> Step:
+            return inference_step(model.eval(), images, self.amp)
 
-    Args:
-        backbone: 'resnet20', 'resnet50', …
-        batch_size: Images in a step.
-        image_size: Their height and width in pixels.
-        repeats: How often each network is timed in each phase.
-        device: Where.
-        compile: Time the plain and the regulated networks compiled, too.
+        steps = self._steps(models, train)
+        self._measure('train', steps, memory=True)
+        for model in models.values():
+            model.set_grad_checkpointing(True)
+        self._memory('train, checkpointed', steps)
+        for model in models.values():
+            model.set_grad_checkpointing(False)
+        self._measure('inference', self._steps(models, infer))
+        compared = {name: model for name, model in models.items() if name not in BASELINES}
+        if not self.gpu:
+            merged = {name: fuse(m) if name == PLAIN else reparameterize_model(m) for name, m in compared.items()}
+            self._measure('inference, reparameterised', self._steps(merged, infer))
+        for what, make in (('train', train), ('inference', infer)) if compile else ():
+            torch.compiler.reset()  # all of them would exceed its limit of graphs
+            steps = self._steps(compared, lambda model: make(torch.compile(model, fullgraph=True)))
+            self._measure(f'{what}, compiled', steps, memory=make is train)
 
-    Yields:
-        Each phase, 'train', 'inference' and 'regulators', with its contenders as soon as they are measured.
+    def _steps(self, models: Dict[str, nn.Module], make: Callable[[nn.Module], Step]) -> Steps:
+        """A step for each column whose network is among the models; what is fused is switched before it runs."""
 
-    Raises:
-        UserError: Unknown backbone.
-    """
-    torch.manual_seed(0)
-    models = networks(backbone, device)
-    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
-    trained = [PLAIN, *CELLS]
-    compiled = {name: torch.compile(models[name]) for name in trained} if compile else {}
+        def switched(step: Step, fused: bool) -> Step:
+            def run() -> None:
+                timm_regnet_reg.set_fused(fused)
+                step()
 
-    for model in models.values():
-        model.train()
-    eager = _contenders(models, train, [images])
-    contenders = eager + _contenders(compiled, train, [images], 'compiled', eager)
-    with _progress(f'{backbone} train', (1 + repeats) * len(contenders) + len(eager)) as progress:
-        measure(contenders, repeats, progress)
-        for contender in eager:
-            measure_peaks(contender, device)
-            progress.update()
-    yield 'train', contenders
+            return run if self.gpu else step
 
-    for model in models.values():
-        model.eval()
-    folded = {name: fuse(models[name]) if name == PLAIN else reparameterize_model(models[name]) for name in trained}
-    eager = _contenders(models, infer, [images])
-    contenders = eager + _contenders(folded, infer, [images], 'folded')
-    contenders += _contenders(compiled, infer, [images], 'compiled', eager)
-    with _progress(f'{backbone} inference', (1 + repeats) * len(contenders)) as progress:
-        measure(contenders, repeats, progress)
-    yield 'inference', contenders
+        names = {column: column.removesuffix(FUSED) for column in self.columns}
+        return {c: switched(make(models[name]), c != name) for c, name in names.items() if name in models}
 
-    regulators: Dict[str, nn.Module] = {name: Regulators(models[name]) for name in (DENSE, NAIVE, *CELLS)}
-    contenders = _contenders(regulators, infer, regulator_inputs(models[DENSE], images))
-    with _progress(f'{backbone} regulators', (1 + repeats) * len(contenders)) as progress:
-        measure(contenders, repeats, progress)
-    yield 'regulators', contenders
+    def _measure(self, what: str, steps: Steps, memory: bool = False) -> None:
+        self._time(what, steps)
+        if memory:
+            self._memory(what, steps)
+        if self.gpu:
+            times = self._each(f'{what}, kernels', kernels, dict(steps))
+            self._row(f'{what}, kernels', {name: [len(seconds)] for name, seconds in times.items()}, 0)
+            self._compare(f'{what}, kernels alone', 'speed', 'ms', 1e3, {n: [sum(t)] for n, t in times.items()})
+            self._time(f'{what}, in a graph', self._each(f'{what}, capture', capture, dict(steps)))
 
+    def _time(self, what: str, steps: Steps) -> None:
+        watches = self._each(what, stopwatch, steps)
+        times: Figures = {name: [] for name in watches}
+        for repeat in range(1, self.repeats + 1):
+            seconds = self._each(f'{what}, repeat {repeat} of {self.repeats}', lambda watch: watch(), watches)
+            times = {name: [*times[name], seconds[name]] for name in seconds}
+        self._compare(what, 'speed', 'ms', 1e3, times)
 
-def scaling_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The k of seconds = a·size^k, by least squares of their logarithms."""
-    return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in seconds]).slope
+    def _memory(self, what: str, steps: Steps) -> None:
+        peaks = self._each(f'{what}, memory', lambda step: [peak_memory(step, self.device)], steps)
+        self._compare(what, 'memory', 'peak memory, MiB', 2**-20, peaks)
 
+    def _each(self, what: str, function: Callable[[Any], Any], steps: Steps) -> Dict[str, Any]:
+        """The function's value for each step; one for which it fails is told, and taken out."""
+        values = {}
+        for name, step in tqdm(list(steps.items()), what, leave=False, disable=None):
+            try:
+                values[name] = function(step)
+            except Exception as error:  # whatever a compiler, a kernel or an allocator stumbles over
+                told = f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+                if not any(told in failure for failure in self.failures):
+                    traceback.print_exc()
+                self.failures.append(f'{what}, {name} ({told})')
+                del steps[name]
+        return values
 
-def scaling(
-    batch_size: int,
-    image_size: int,
-    repeats: int,
-    device: torch.device,
-) -> Dict[Tuple[str, str], List[Tuple[int, Contender]]]:
-    """Time the CIFAR network regulated by a ConvLSTM over batch size, pixels and residual blocks.
+    def _compare(self, what: str, kind: str, unit: str, scale: float, values: Figures) -> None:
+        """A row of each network's values, and one that compares them with the plain network's of the same repeat."""
+        self._row(f'{what}, {unit}', {name: [scale * x for x in xs] for name, xs in values.items()})
+        if PLAIN in values:
+            pairs = {name: list(zip(values[PLAIN], xs)) for name, xs in values.items()}
+            ratios = {name: [p / x if kind == 'speed' else x / p for p, x in pairs[name]] for name in pairs}
+            self._row(f'{what}, {kind} ÷ plain', ratios)
 
-    Args:
-        batch_size: The largest batch, 8 or more; pixels and blocks are varied at a quarter of it.
-        image_size: Height and width of the smallest images, in pixels, at which batch and blocks are varied.
-        repeats: How often each is timed.
-        device: Where.
-
-    Returns:
-        For each phase ('train', 'inference') and what varies ('batch', 'pixels', 'blocks') the sizes and contenders.
-    """
-    torch.manual_seed(0)
-    points = [('batch', batch, batch, image_size, 20) for batch in (batch_size // k for k in (8, 4, 2, 1))]
-    points += [('pixels', side**2, batch_size // 4, side, 20) for side in (image_size * k // 2 for k in (2, 3, 4, 6))]
-    points += [('blocks', (depth - 2) // 2, batch_size // 4, image_size, depth) for depth in (20, 32, 44, 56, 110)]
-    models = [timm.create_model(f'regnet_reg_resnet{point[-1]}_convlstm', device=device) for point in points]
-    results: Dict[Tuple[str, str], List[Tuple[int, Contender]]] = {}
-    for phase, run in (('train', train), ('inference', infer)):
-        contenders = []
-        for model, (what, size, batch, side, _) in zip(models, points):
-            images = torch.randn(batch, 3, side, side, device=device)
-            contenders.append(Contender(f'{what} {size}', model.train(phase == 'train'), run, [images]))
-            results.setdefault((phase, what), []).append((size, contenders[-1]))
-        with _progress(f'scaling {phase}', (1 + repeats) * len(contenders)) as progress:
-            measure(contenders, repeats, progress)
-    return results
-
-
-# What is printed
+    def _row(self, what: str, figures: Figures, digits: int = 2) -> None:
+        """The medians of each column's figures, and how far the farthest figure is from its median."""
+        medians = {name: statistics.median(values) for name, values in figures.items()}
+        spread = max((abs(x / medians[name] - 1) for name, values in figures.items() for x in values), default=0)
+        cells = [f'{medians[name]:.{digits}f}' if name in medians else '' for name in self.columns]
+        print(row([what, *cells, f'±{spread:.0%}' if spread else '']), flush=True)
 
 
 def _machine(device: torch.device) -> str:
     """The machine in a line, without its name."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):  # Linux, where platform.processor() seldom knows
-        with open('/proc/cpuinfo') as file:
-            names = [line.partition(':')[2].strip() for line in file if line.startswith('model name')]
-        cpu = names[0] if names else cpu
-    parts = [
-        f'{cpu} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, '
-        f'threads used: {torch.get_num_threads()}',
-        *([torch.cuda.get_device_name(device)] if device.type == 'cuda' else []),
-        f'torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}, {platform.system()}',
-    ]
-    return '; '.join(parts)
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    """Median (smallest–largest)"""
-    low, middle, high = (f'{x:.{digits}f}' for x in (min(values), statistics.median(values), max(values)))
-    return f'{middle} ({low}–{high})'
-
-
-def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
-    """A Markdown table whose first column is left-aligned, padded for reading as it is."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows)]
-    padded = [
-        [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))]
-        for cells in (columns, *rows)
-    ]
-    rule = [':' + '-' * (width - 1) if i == 0 else '-' * (width - 1) + ':' for i, width in enumerate(widths)]
-    return [f'| {" | ".join(cells)} |' for cells in (padded[0], rule, *padded[1:])]
-
-
-def _phase_table(contenders: Sequence[Contender]) -> List[str]:
-    reference = contenders[0]
-    columns = ['network', 'parameters, M', 'multiply-adds, G', 'memory format', 'images/s', f'÷ {reference.name}']
-    if reference.peak:
-        columns += ['peak memory, MiB', 'ratio', 'checkpointed, MiB', 'ratio']
-    rows = []
-    for c in contenders:
-        parameters, multiply_adds = c.counts()
-        row = [
-            c.name,
-            f'{parameters / 1e6:.3f}',
-            f'{multiply_adds / 1e9:.4f}',
-            c.memory_format,
-            _spread(c.images_per_second, 1),
-            _spread(c.ratios, 2),
-        ]
-        if reference.peak:
-            for peak in (c.peak, c.checkpointed_peak):
-                row += [f'{peak / 2**20:.1f}', f'{peak / reference.peak:.2f}'] if peak else ['', '']
-        rows.append(row)
-    return _lines(columns, rows)
-
-
-def _plan(args: argparse.Namespace) -> List[Tuple[str, int, int]]:
-    """What is to be measured, all of it checked before the first: backbone, batch size and image size."""
-    if args.scaling and args.compile:
-        raise UserError('--scaling times eager networks alone: leave --compile out')
-    plan = []
-    for backbone in [args.backbone] if args.backbone else ['resnet20'] if args.scaling else ['resnet20', 'resnet50']:
-        # 2x2 pixels in the last stage are the least: a batch norm can't train on a single value
-        batch_size, image_size, smallest = (128, 32, 8) if backbone in CIFAR_BACKBONES else (16, 224, 64)
-        plan.append((backbone, args.batch_size or batch_size, args.image_size or image_size))
-        if plan[-1][2] < smallest:
-            raise UserError(f'--image-size {args.image_size} is too small for {backbone}: give at least {smallest}')
-    if args.scaling and plan[0][1] < 8:
-        raise UserError(f'--batch-size {args.batch_size} is too small for --scaling, which varies it: give at least 8')
-    return plan
-
-
-def _threads(text: str) -> int:
-    number, cores = positive(text), os.cpu_count() or 1
-    if number > cores:
-        raise argparse.ArgumentTypeError(f'{number} was given, expected at most {cores}, the cores of this machine')
-    return number
+        named = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+        cpu = named[1] if named else cpu
+    cpu = f'{cpu} ({torch.backends.cpu.get_cpu_capability()}), threads used: {torch.get_num_threads()}'
+    gpu = f'{torch.cuda.get_device_name(device)}; ' if device.type == 'cuda' else ''
+    python = f'Python {platform.python_version()}, {platform.system()}'
+    return f'{gpu}{cpu} of {os.cpu_count()}; torch {torch.__version__}, timm {timm.__version__}, {python}'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        '--backbone', metavar='NAME', help='resnet20, resnext50_32x4d, … (default: resnet20 and resnet50)'
-    )
-    what.add_argument(
-        '--scaling', action='store_true', help='fit how the time of regnet_reg_resnet20_convlstm grows, instead'
+    names = [*CELLS, *BASELINES]
+    parser.add_argument(
+        '--backbone',
+        choices=[*CIFAR_BACKBONES, *BACKBONES],
+        metavar='NAME',
+        help='resnet20, resnext50_32x4d, … (default: resnet20 and resnet50)',
     )
     parser.add_argument(
-        '--batch-size', type=positive, metavar='B', help='images (default: 128 in the CIFAR form, else 16)'
+        '--networks',
+        nargs='+',
+        choices=names,
+        metavar='NAME',
+        help=f'what to compare with the plain one: {", ".join(names)} (default: all; on a GPU the first three)',
     )
     parser.add_argument(
-        '--image-size', type=positive, metavar='S', help='pixels a side (default: 32 in the CIFAR form, else 224)'
+        '--batch-size',
+        type=positive,
+        metavar='B',
+        help='images (default: 128 in the CIFAR form, else 16; on a GPU 128 and 1024, else 64)',
     )
-    parser.add_argument('--repeats', type=positive, default=5, metavar='N', help='default: 5')
-    parser.add_argument('--threads', type=_threads, metavar='N', help="CPU threads (default: torch's)")
-    add_device(parser)
+    parser.add_argument('--repeats', type=positive, default=5, metavar='N', help='default: %(default)s')
+    parser.add_argument('--threads', type=positive, metavar='N', help="CPU threads (default: torch's)")
+    parser.add_argument('--device', help='cpu, cuda, cuda:1 and the like (default: cuda where there is one, else cpu)')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 autocast (default: float32)')
     parser.add_argument(
-        '--compile',
-        action='store_true',
-        help='time plain and regulated networks compiled, too (each compiles for minutes)',
+        '--compile', action='store_true', help='measure compiled networks, too, each of which takes minutes'
     )
 
 
@@ -282,28 +221,27 @@ def main(args: argparse.Namespace) -> None:
     """Measure and print.
 
     Raises:
-        UserError: Unknown backbone, no such device, or a batch or images too small.
+        UserError: No such device, or something could not be measured.
     """
-    device = check_device(args.device)
-    plan = _plan(args)
+    device = check_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    gpu = device.type == 'cuda'
+    if args.backbone:
+        plan = [(args.backbone, 128 if args.backbone in CIFAR_BACKBONES else 64 if gpu else 16)]
+    elif gpu:
+        plan = [('resnet20', 128), ('resnet50', 64), ('resnet20', 1024)]
+    else:
+        plan = [('resnet20', 128), ('resnet50', 16)]
+    plan = list(dict.fromkeys((backbone, args.batch_size or batch_size) for backbone, batch_size in plan))
+    networks = [PLAIN, *(args.networks or ([*CELLS] if gpu else [*CELLS, *BASELINES]))]
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(_machine(device), f'Medians of {args.repeats} repeats (smallest–largest); float32.', sep='\n')
-    for backbone, batch_size, image_size in plan:
-        if args.scaling:
-            _print_scaling(scaling(batch_size, image_size, args.repeats, device))
-        else:
-            for phase, contenders in bench(backbone, batch_size, image_size, args.repeats, device, args.compile):
-                title = f'{backbone}, batch {batch_size}, {image_size}x{image_size}: {phase}'
-                print(f'\n{title}\n', *_phase_table(contenders), sep='\n', flush=True)
-
-
-def _print_scaling(results: Dict[Tuple[str, str], List[Tuple[int, Contender]]]) -> None:
-    rows = []
-    for (phase, what), points in results.items():
-        sizes = [size for size, _ in points]
-        seconds = [statistics.median(contender.seconds) for _, contender in points]
-        times = ', '.join(f'{size}: {1e3 * t:.1f}' for size, t in zip(sizes, seconds))
-        rows.append([phase, what, times, f'{scaling_exponent(sizes, seconds):.3f}'])
-    print('\nregnet_reg_resnet20_convlstm; blocks: regnet_reg_resnet20_convlstm to regnet_reg_resnet110_convlstm\n')
-    print(*_lines(['phase', 'growing', 'size: ms a step', 'exponent'], rows), sep='\n')
+    torch.backends.cudnn.benchmark = True
+    precision = 'bfloat16 autocast' if args.amp else 'float32'
+    print(_machine(device), f'Medians of {args.repeats} repeats; {precision}, channels_last', sep='\n')
+    bench = Bench(networks, args.repeats, device, args.amp, gpu)
+    # one that isn't the default: see `capture`
+    with torch.cuda.stream(torch.cuda.Stream(device) if gpu else None):
+        for backbone, batch_size in plan:
+            bench.run(backbone, batch_size, args.compile)
+    if bench.failures:
+        raise UserError(f'{len(bench.failures)} could not be measured: {"; ".join(bench.failures)}')

@@ -7,40 +7,39 @@ DIR/train/<class>/*.png holds the training images with a border of 4 black pixel
 the papers': a window of 32x32, cut anywhere. DIR/validation/<class>/*.png holds the test images as they are, 32x32.
 
 The images come from torchvision, which downloads them (170 MB) and checks them, or from --source FOLDER, a folder with
-train/<class>/*.png and validation/<class>/*.png, all of 32x32. DIR appears when it is complete.
+train/<class>/*.png and validation/<class>/*.png, all of 32x32. DIR/train and DIR/validation appear when they are
+complete.
 """
 
 import argparse
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import Iterator, List, Tuple
+from tempfile import TemporaryDirectory
+from typing import Iterator, Sized, Tuple
 
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from ..errors import UserError, reason
-from ..weights.files import check_writable, hidden
-
-DATASETS = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
-SIZE, BORDER = 32, 4
-SPLITS = {'train': BORDER, 'validation': 0}
+from ..papers.cifar import CLASSES, SIZE, SIZES, find_files
+from ..weights.files import check_writable
 
 # an image, its class, and the name of its file
 Sample = Tuple[Image.Image, str, str]
 
 
-def _download(dataset: str, folder: Path, split: str) -> Tuple[int, Iterator[Sample]]:
-    """The number of images, and the images as torchvision gives them; `folder` keeps its files."""
+def _download(dataset: str, folder: Path, split: str) -> Tuple[Sized, Iterator[Sample]]:
+    """The images as torchvision gives them; `folder` keeps its files."""
     try:
-        data = DATASETS[dataset](str(folder), train=split == 'train', download=True)
+        kind = {'cifar10': CIFAR10, 'cifar100': CIFAR100}[dataset]
+        data = kind(str(folder), train=split == 'train', download=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: the checksum
         raise UserError(
             f'{dataset} could not be downloaded: {error}\nCheck the connection and try again, or give --source FOLDER'
         ) from error
-    samples = ((Image.fromarray(data.data[i]), data.classes[y], f'{i:05d}.png') for i, y in enumerate(data.targets))
-    return len(data), samples
+    return data, ((Image.fromarray(data.data[i]), data.classes[y], f'{i:05d}.png') for i, y in enumerate(data.targets))
 
 
 def _read(path: Path) -> Image.Image:
@@ -55,27 +54,9 @@ def _read(path: Path) -> Image.Image:
     return image
 
 
-def _files(source: Path, split: str, dataset: str) -> List[Path]:
-    """The images of a split in a folder, sorted, having checked that there are as many classes as there should be."""
-    root = source / split
-    files = sorted(root.glob('*/*.png')) if os.path.isdir(root) else []  # glob fails on a name that is too long
-    classes = {file.parent.name for file in files}
-    expected = int(dataset.removeprefix('cifar'))
-    if len(classes) != expected:
-        raise UserError(
-            f'{root}: holds PNG images of {len(classes)} classes, {dataset} has {expected}; '
-            f'expected {root}/<class>/*.png'
-        )
-    return files
-
-
-def _open(files: List[Path]) -> Iterator[Sample]:
-    return ((_read(file), file.parent.name, file.name) for file in files)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('dir', metavar='DIR', help='the folder to write; must not exist, or be empty')
-    parser.add_argument('--dataset', choices=['cifar10', 'cifar100'], default='cifar10', help='default: cifar10')
+    parser.add_argument('--dataset', choices=list(CLASSES), default='cifar10', help='default: cifar10')
     parser.add_argument('--source', metavar='FOLDER', help='take the images of this folder instead of downloading them')
 
 
@@ -88,41 +69,36 @@ def main(args: argparse.Namespace) -> None:
     """
     folder = Path(os.path.realpath(args.dir))
     exists = os.path.isdir(folder)
-    # what a process that was killed left is no content: check_writable clears it away
-    if exists and any(not name.startswith('.train.') for name in os.listdir(folder)):
+    if exists and any(not name.startswith('.') for name in os.listdir(folder)):
         raise UserError(f'{args.dir}: exists already and is not empty; give another folder, or move it away')
-    # a folder that is there stays and is filled: a mount point, or somebody's working directory
-    target = folder / 'train' if exists else folder
-    check_writable(target, folder=True)
-    partial = hidden(target)
+    check_writable(folder, folder=True)
     if args.source is not None:
-        files = {split: _files(Path(args.source), split, args.dataset) for split in SPLITS}
-        classes = {split: {file.parent.name for file in files[split]} for split in SPLITS}
-        if classes['train'] != classes['validation']:
-            only = ', '.join(sorted(classes['train'] ^ classes['validation']))
+        files = {split: find_files(Path(args.source, split), args.dataset) for split in SIZES}
+        train, validation = ({file.parent.name for file in files[split]} for split in SIZES)
+        if only := ', '.join(sorted(train ^ validation)):
             raise UserError(f'{args.source}: train and validation hold different classes; only one of them has {only}')
 
     try:
-        partial.mkdir(parents=True)
-        for split, border in SPLITS.items():
-            if args.source is not None:
-                total, samples = len(files[split]), _open(files[split])
-            else:
-                total, samples = _download(args.dataset, partial / 'download', split)
-            for image, label, name in tqdm(samples, desc=split, total=total, unit='image'):
-                place = partial / split / label
-                place.mkdir(parents=True, exist_ok=True)
-                ImageOps.expand(image, border).save(place / name, compress_level=1)
-        if exists:
-            for split in SPLITS:
-                (partial / split).rename(folder / split)
-        else:
-            shutil.rmtree(partial / 'download', ignore_errors=True)
-            partial.rename(folder)
+        # within the folder, which may be a mount point, or somebody's working directory, and stays what it is
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix='.', dir=folder, ignore_cleanup_errors=True) as hidden:
+            for split, size in SIZES.items():
+                if args.source is None:
+                    images, samples = _download(args.dataset, Path(hidden, 'download'), split)
+                else:
+                    images, samples = files[split], ((_read(f), f.parent.name, f.name) for f in files[split])
+                for image, label, name in tqdm(samples, desc=split, total=len(images), unit='image'):
+                    place = Path(hidden, split, label)
+                    place.mkdir(parents=True, exist_ok=True)
+                    ImageOps.expand(image, (size - SIZE) // 2).save(place / name, compress_level=1)
+            for split in SIZES:
+                os.rename(Path(hidden, split), folder / split)
     except OSError as error:
         raise UserError(
             f'{args.dir}: could not be written ({error}); free some space there or give another folder'
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f'{args.dir}: {", ".join(f"{split}/" for split in SPLITS)} for train_recipes/{args.dataset}.yaml')
+        if not exists:
+            with suppress(OSError):  # it stays if it holds images
+                folder.rmdir()
+    print(f'{args.dir}: {", ".join(f"{split}/" for split in SIZES)} for train_recipes/{args.dataset}.yaml')

@@ -1,6 +1,6 @@
 """Print the most probable classes of images.
 
-    regnet-reg classify photo.jpg holiday/ https://example.org/cat.png
+    regnet-reg classify photo.jpg holiday/
     regnet-reg classify --model resnet50.a1_in1k --topk 3 --json photo.jpg
 
 A network chooses among the classes that it was trained on, whatever the image shows: the default one knows ten
@@ -13,23 +13,16 @@ import json
 
 from tqdm import tqdm
 
-from ..arguments import DEFAULT_MODEL, add_device, positive
-from ..weights.inference import find_images, load_model, predict, prediction_lines, read_image
+from ..arguments import add_device, add_model, positive
+from ..weights.inference import find_images, load_model, predict, prediction_lines
+from ..weights.scoring import read_image
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('images', metavar='IMAGE', nargs='+', help='an image, a folder of images, or an http(s) URL')
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help='an image, or a folder of images')
+    add_model(parser)
     parser.add_argument(
-        '--model',
-        default=DEFAULT_MODEL,
-        help="a model of timm's with weights, hf-hub:OWNER/NAME or local-dir:FOLDER (default: %(default)s)",
-    )
-    parser.add_argument(
-        '--topk',
-        type=positive,
-        default=5,
-        metavar='K',
-        help='how many classes to print (default: %(default)s)',
+        '--topk', type=positive, default=5, metavar='K', help='how many classes to print (default: %(default)s)'
     )
     parser.add_argument('--json', action='store_true', help='print one JSON document')
     add_device(parser)
@@ -41,16 +34,13 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: An image can't be found or read, or the model can't be had.
     """
-    sources = find_images(args.images)
+    paths = find_images(args.images)
     model = load_model(args.model, args.device)
-    progress = tqdm(sources, desc='classifying', unit='image', leave=False, disable=None)  # on a terminal only
+    progress = tqdm(paths, desc='classifying', unit='image', leave=False, disable=None)  # on a terminal only
     with progress:  # closed, so that an error starts on a line of its own
-        results = list(zip(sources, predict(model, map(read_image, progress), args.topk)))
+        results = list(zip(paths, predict(model, map(read_image, progress), args.topk)))
     if args.json:
-        images = [
-            {'image': source, 'predictions': [prediction._asdict() for prediction in predictions]}
-            for source, predictions in results
-        ]
+        images = [{'image': path, 'predictions': [p._asdict() for p in predictions]} for path, predictions in results]
         print(json.dumps({'model': args.model, 'images': images}, indent=2))
     else:
-        print('\n'.join(f'{source}\n{prediction_lines(predictions)}' for source, predictions in results))
+        print('\n'.join(f'{path}\n{prediction_lines(predictions)}' for path, predictions in results))

@@ -3,12 +3,13 @@
     regnet-reg export net.onnx
     regnet-reg export net.onnx --model local-dir:FOLDER --int8 DIR
 
-The network is folded first (timm's reparameterize_model). The file takes `images` (batch, channels, height, width) in
-batches of any size, in the image size of the model's config and normalised as it says, and gives `logits`. It is run in
-ONNX Runtime and compared with the PyTorch model before it is kept, all on the CPU.
+The network is reparameterised first (by timm's reparameterize_model). The file takes `images` (batch, channels, height,
+width) in batches of any size, in the image size of the model's config and normalised as it says, and gives `logits`. It
+is run in ONNX Runtime and compared with the PyTorch model before it is kept, all on the CPU.
 
 With --int8, net.int8.onnx is written beside net.onnx: quantised by ONNX Runtime, calibrated on 512 images of
-DIR/train/<class>/<image>. Both files are scored on DIR/validation/<class>/<image>.
+DIR/train/<class>/<image>, without the border that `regnet-reg cifar` gives them. Both files are scored on
+DIR/validation/<class>/<image>.
 """
 
 import argparse
@@ -20,16 +21,18 @@ from typing import Any, Dict, Iterable, Tuple
 
 import torch
 import torch.nn as nn
+from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from timm.utils import reparameterize_model
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..arguments import DEFAULT_MODEL
+from ..arguments import add_model
 from ..errors import UserError
+from ..papers.cifar import BORDER, SIZE, SIZES
 from ..weights.files import check_writable, replacing
 from ..weights.inference import load_model
-from ..weights.scoring import ImageFolder, Score, check_finite, check_same_classes, score
+from ..weights.scoring import ImageFolder, check_finite, check_same_classes, score
 
 __all__ = ['OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize']
 
@@ -54,24 +57,16 @@ class OnnxModel(nn.Module):
         return torch.from_numpy(self.session.run(['logits'], {'images': images.numpy()})[0])
 
 
-def _input_size(model: nn.Module) -> Tuple[int, int, int]:
-    return resolve_data_config({}, model=model)['input_size']
-
-
 def export_onnx(model: nn.Module, path) -> None:
-    """Write a network as one ONNX file, for batches of any size.
-
-    Args:
-        model: A timm network in evaluation mode, on the CPU. It is copied before it is folded, and stays as it is.
-        path: The file to write.
-    """
+    """Write a timm network in evaluation mode, on the CPU, as one ONNX file for batches of any size."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    # inside another module, as reparameterize_model asks everything to fold itself but the module that it is given
+    # inside another module, as reparameterize_model asks everything but the module that it is given
     model = reparameterize_model(nn.Sequential(model))[0].eval()
+    images = torch.zeros(2, *resolve_data_config(model=model)['input_size'])  # 1 would be taken for a constant
     program = torch.onnx.export(
         model,
-        (torch.zeros(2, *_input_size(model)),),  # 2, as torch.export takes a size of 1 for a constant
+        (images,),
         dynamo=True,
         opset_version=OPSET,
         input_names=['images'],
@@ -85,16 +80,12 @@ def export_onnx(model: nn.Module, path) -> None:
 
 
 def largest_difference(model: nn.Module, path) -> float:
-    """The largest difference of an ONNX file's logits from the model's on random images, over the largest logit.
-
-    Raises:
-        UserError: The model or the file gives outputs that aren't finite.
-    """
+    """The largest difference of an ONNX file's logits from the model's on random images, over the largest logit."""
     onnx_model = OnnxModel(path, model.num_classes)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch_size in (1, 3):
-        images = torch.randn(batch_size, *_input_size(model), generator=generator)
+        images = torch.randn(batch_size, *resolve_data_config(model=model)['input_size'], generator=generator)
         with torch.inference_mode():
             expected, actual = model(images), onnx_model(images)
         check_finite(expected, 'the PyTorch model')
@@ -110,8 +101,6 @@ def quantize(source, target, images: Iterable[torch.Tensor]) -> None:
     in int8, and the state that passes through them again and again would gather their errors.
 
     Args:
-        source: The float32 file.
-        target: The file to write.
         images: Batches (B, C, height, width); activations are quantised to the ranges that they have on these.
     """
     import onnx
@@ -147,9 +136,14 @@ def quantize(source, target, images: Iterable[torch.Tensor]) -> None:
 
 def _images(data_dir: str, model: nn.Module, data_config: Dict[str, Any]) -> Tuple[Subset, ImageFolder]:
     """Random training images to calibrate on, and those to score on, of the same classes as the model's."""
-    training = ImageFolder(
-        Path(data_dir, 'train'), data_config, model.num_classes, transform=create_transform(**data_config)
-    )
+    transform = create_transform(**data_config)
+    is_cifar = tuple(data_config['input_size'][1:]) == (SIZE, SIZE)
+
+    def as_used(image: Image.Image) -> torch.Tensor:  # without the border that CIFAR's are cut from
+        bordered = is_cifar and image.size == (SIZES['train'], SIZES['train'])
+        return transform(ImageOps.crop(image, BORDER) if bordered else image)
+
+    training = ImageFolder(Path(data_dir, 'train'), data_config, model.num_classes, transform=as_used)
     validation = ImageFolder(Path(data_dir, 'validation'), data_config, model.num_classes)
     check_same_classes(validation, Path(data_dir, 'train'))
     labels = model.pretrained_cfg.get('label_names')
@@ -163,27 +157,9 @@ def _images(data_dir: str, model: nn.Module, data_config: Dict[str, Any]) -> Tup
     return Subset(training, chosen.tolist()), validation
 
 
-def _write(model: nn.Module, path: Path, name: str) -> float:
-    """Export and compare. Returns the largest difference."""
-    export_onnx(model, path)
-    difference = largest_difference(model, path)
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f'--model {name}: the exported network differs from the PyTorch model by {difference:.1e} of the '
-            f'largest output, and at most {TOLERANCE} is accepted, so the file was not kept'
-        )
-    return difference
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('output', metavar='OUTPUT', help='the file to write, *.onnx')
-    parser.add_argument(
-        '--model',
-        default=DEFAULT_MODEL,
-        metavar='NAME',
-        help='a model with weights: of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER '
-        '(default: %(default)s)',
-    )
+    add_model(parser)
     parser.add_argument(
         '--int8',
         metavar='DIR',
@@ -192,24 +168,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    missing = [name for name in PACKAGES if _is_missing(name)]
-    if missing:
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise UserError(f'export needs {" and ".join(missing)}, not installed here; {INSTALL}')
     output = Path(args.output)
     if output.suffix != '.onnx':
         raise UserError(f'{output}: expected a file name that ends in .onnx')
-    if not output.parent.is_dir():
-        raise UserError(f'{output.parent}: no such folder; create it, or give an OUTPUT elsewhere')
     quantized = output.with_suffix('.int8.onnx')
     for path in (output, quantized) if args.int8 is not None else (output,):
         check_writable(path)
     model = load_model(args.model)
-    data_config = resolve_data_config({}, model=model)
+    data_config = resolve_data_config(model=model)
     if args.int8 is not None:
         calibration, validation = _images(args.int8, model, data_config)
 
     with replacing(output) as file:
-        difference = _write(model, file, args.model)
+        export_onnx(model, file)
+        difference = largest_difference(model, file)
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f'--model {args.model}: the exported network differs from the PyTorch model by {difference:.1e} of the '
+                f'largest output, and at most {TOLERANCE} is accepted, so the file was not kept'
+            )
     batch = ' x '.join(map(str, ('batch', *data_config['input_size'])))
     print(
         f'{output}: ONNX opset {OPSET}, images {batch}, {_size(output)}; its outputs in ONNX Runtime differ from '
@@ -217,24 +196,16 @@ def main(args: argparse.Namespace) -> None:
     )
     if args.int8 is None:
         return
-
-    def accuracy(path: Path, kind: str) -> Score:
-        return score(OnnxModel(path, model.num_classes), validation, data_config, desc=f'scoring {kind}')
-
-    results = {output: accuracy(output, 'float32')}
+    full = score(OnnxModel(output, model.num_classes), validation, data_config, desc='scoring float32')
     with replacing(quantized) as file:
         loader = DataLoader(calibration, batch_size=32)
         with redirect_stdout(sys.stderr), tqdm(loader, desc='calibrating', unit='batch') as batches:
             quantize(output, file, (images for images, _ in batches))
-        results[quantized] = accuracy(file, 'int8')
-    for path, result in results.items():
+        int8 = score(OnnxModel(file, model.num_classes), validation, data_config, desc='scoring int8')
+    for path, result in ((output, full), (quantized, int8)):
         print(
             f'{path}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images, {_size(path)}'
         )
-
-
-def _is_missing(package: str) -> bool:
-    return find_spec(package) is None
 
 
 def _size(path: Path) -> str:

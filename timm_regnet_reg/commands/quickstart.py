@@ -10,7 +10,7 @@ trains stays in the folder regnet_reg_resnet20_convlstm.digits, to be used and l
 import argparse
 import time
 from pathlib import Path
-from typing import Callable, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import timm
 import torch
@@ -18,35 +18,30 @@ import torch.nn as nn
 from PIL import Image
 from timm.data import create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
 
 from ..arguments import DEFAULT_MODEL
 from ..errors import UserError
-from ..weights.folder import check_replaceable, model_card, save_folder
+from ..weights.folder import check_replaceable, save_folder
 from ..weights.inference import load_model, predict, prediction_lines
-from ..weights.scoring import score_loader
+from ..weights.scoring import score
 
 __all__ = ['Digits', 'quickstart']
 
 PHOTOGRAPH = 'flower.jpg'
-TAG = 'digits'
+NAME = f'{DEFAULT_MODEL}.digits'
 EPOCHS = 3
 HELD_OUT = 360  # of 1,797 images
 BATCH_SIZE = 32
 LEARNING_RATE = 0.003
 SEED = 0
-STEPS = 5
+# moved and scaled a little, but never mirrored: a mirrored digit is no digit
+AUGMENTATION: Dict[str, Any] = dict(scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None)
 INSTALL = 'pip install "timm-regnet-reg[quickstart]"'
 
 
 class Digits(torch.utils.data.Dataset):
-    """Images of digits and their values; timm's loader sets `transform`.
-
-    Args:
-        images: Grey values from 0 to 16 (number of images, 8, 8), as scikit-learn has them.
-        labels: The digits (number of images,).
-    """
+    """Digits as grey values from 0 to 16 (n, 8, 8), and their labels (n,); timm's loader sets `transform`."""
 
     label_names = [str(digit) for digit in range(10)]
 
@@ -80,79 +75,55 @@ def _load_samples() -> Tuple[Image.Image, Digits, Digits]:
 
 def _fine_tune(model: nn.Module, loader, epochs: int) -> None:
     optimizer = create_optimizer_v2(model, opt='adamw', lr=LEARNING_RATE, weight_decay=0.05)
-    scheduler, epochs = create_scheduler_v2(
-        optimizer,
-        sched='cosine',
-        num_epochs=epochs,
-        step_on_epochs=False,
-        updates_per_epoch=len(loader),
-    )
-    updates = 0
+    updates = epochs * len(loader)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     model.train()
-    with tqdm(total=epochs * len(loader), desc='fine-tuning', unit='batch') as progress:
+    with tqdm(total=updates, desc='fine-tuning', unit='batch') as progress:
         for _ in range(epochs):
             for images, labels in loader:
                 loss = nn.functional.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                updates += 1
-                scheduler.step_update(updates)
+                scheduler.step()
                 progress.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
                 progress.update()
 
 
-def _logits(model: nn.Module, loader) -> torch.Tensor:
+def _logits(model: nn.Module, images: Digits) -> torch.Tensor:
     """The outputs (number of images, 10); the same input and weights give the same bits on the CPU."""
-    model.eval()
     with torch.inference_mode():
-        return torch.cat([model(images) for images, _ in loader])
+        return model.eval()(torch.stack([images[i][0] for i in range(len(images))]))
 
 
-def quickstart(
-    output: Path,
-    model_name: str = DEFAULT_MODEL,
-    epochs: int = EPOCHS,
-    max_images: Optional[int] = None,
-) -> Path:
-    """The tour.
+def _say(step: int, headline: str, *lines: str) -> None:
+    print(f'\n{step}/5  {headline}', *lines, sep='\n', flush=True)
 
-    Args:
-        output: Folder for the folder of the fine-tuned network.
-        model_name: The network to start from, of 32x32 images in ten classes.
-        epochs: How often fine-tuning sees each image.
-        max_images: Train on no more images than this.
 
-    Returns:
-        The folder of the fine-tuned network.
+def quickstart(output, epochs: int = EPOCHS, max_images: Optional[int] = None) -> Path:
+    """The tour, with fewer epochs or training images on request; returns the folder of the fine-tuned network.
 
     Raises:
         UserError: scikit-learn is missing, or the network can't be had, or the folder can't be written.
         RuntimeError: The network that was loaded back is another one than was saved.
     """
     start = time.perf_counter()
-    step = 0
+    photograph, train_set, held_out = _load_samples()
+    train_set.images = train_set.images[:max_images]
 
-    def say(headline: str, *lines: str) -> None:
-        nonlocal step
-        step += 1
-        print(f'\n{step}/{STEPS}  {headline}', *lines, sep='\n', flush=True)
-
-    photograph, train_set, held_out_set = _load_samples()
-    if max_images is not None:
-        train_set.images = train_set.images[:max_images]
-
-    model = load_model(model_name)
-    architecture = model.pretrained_cfg['architecture']
+    model = load_model(DEFAULT_MODEL)
+    cfg = model.pretrained_cfg
     data_config = resolve_data_config(model=model)
-    name = f'{architecture}.{TAG}'
-    check_replaceable(Path(output, name))
-    say(
-        f'Load {architecture}, a ResNet-20 regulated by a ConvLSTM, trained on CIFAR-10',
+    folder = Path(output, NAME)
+    check_replaceable(folder)
+    _say(
+        1,
+        f'Load {DEFAULT_MODEL}, a ResNet-20 regulated by a ConvLSTM, trained on CIFAR-10',
         f'{sum(p.numel() for p in model.parameters()):,} parameters. The weights came with the package.',
     )
 
-    say(
+    _say(
+        2,
         f'Classify a photograph: {PHOTOGRAPH} of scikit-learn, a flower',
         prediction_lines(predict(model, [photograph], topk=3)[0]),
         'This is no verdict on the photograph. The network sees it at 32x32 pixels and has to choose among the ten',
@@ -161,63 +132,46 @@ def quickstart(
     )
 
     torch.manual_seed(SEED)
-    model.reset_classifier(len(Digits.label_names))
-    common = dict(
-        input_size=data_config['input_size'],
+    model.reset_classifier(len(held_out.label_names))
+    train_loader = create_loader(
+        train_set,
+        **data_config,
+        **AUGMENTATION,
         batch_size=BATCH_SIZE,
-        interpolation=data_config['interpolation'],
-        mean=data_config['mean'],
-        std=data_config['std'],
+        is_training=True,
         num_workers=0,  # these images are prepared faster than worker processes start
         persistent_workers=False,
         use_prefetcher=False,
         device=torch.device('cpu'),
     )
-    # moved and scaled a little, but never mirrored: a mirrored digit is no digit
-    train_loader = create_loader(
-        train_set, **common, is_training=True, scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None
-    )
-    held_out = create_loader(held_out_set, **common, crop_pct=data_config['crop_pct'])
-    say(
+    _say(
+        3,
         f'Fine-tune on {len(train_set):,} handwritten digits of scikit-learn, 8x8 pixels enlarged to 32x32',
         "A new classifier for ten digits replaces the old one, then all weights train with timm's loader, AdamW",
-        f'and cosine schedule: {epochs} {"epoch" if epochs == 1 else "epochs"} of {len(train_loader)} batches.',
+        f'and a cosine schedule: {epochs} {"epoch" if epochs == 1 else "epochs"} of {len(train_loader)} batches.',
     )
-    before = score_loader(model, held_out, Digits.label_names, desc='scoring before')
+    before = score(model, held_out, data_config, workers=0, desc='scoring before')
     _fine_tune(model, train_loader, epochs)
-    after = score_loader(model, held_out, Digits.label_names, desc='scoring after')
+    after = score(model, held_out, data_config, workers=0, desc='scoring after')
     print(
         f'Accuracy on {after.images} held-out digits: {before.top1:.1f} % before, {after.top1:.1f} % after.\n'
         'Before, the new classifier knew nothing: about 10 % is chance.'
     )
 
     expected = _logits(model, held_out)
-    license = model.pretrained_cfg.get('license') or 'unknown'
+    details = {
+        'Started from': f'{DEFAULT_MODEL}.{cfg["tag"]}',
+        'Recipe': f'quickstart, AdamW with learning rate {LEARNING_RATE}, cosine schedule',
+        'Epochs': epochs,
+        'Seed': SEED,
+        'Images trained on': f'{len(train_set):,}',
+    }
+    data = f"{after.images} held-out images of scikit-learn's handwritten digits"
     # what the config says of the CIFAR-10 weights isn't true of these
-    model.pretrained_cfg.update(label_names=None, label_descriptions=None, description=None)
-    folder = save_folder(
-        model,
-        Path(output, name),
-        tag=TAG,
-        card=model_card(
-            name,
-            after,
-            f"{after.images} held-out images of scikit-learn's handwritten digits",
-            license,
-            {
-                'Started from': '{architecture}.{tag}'.format(**model.pretrained_cfg),
-                'Recipe': f'quickstart, AdamW with learning rate {LEARNING_RATE}, cosine schedule',
-                'Epochs': epochs,
-                'Seed': SEED,
-                'Images trained on': f'{len(train_set):,}',
-            },
-            '`regnet-reg quickstart`',
-        ),
-        label_names=Digits.label_names,
-        license=license,
-        data_config=data_config,
-    )
-    say(
+    cfg.update(label_names=None, label_descriptions=None, description=None)
+    save_folder(model, folder, after, data, cfg['license'], details, '`regnet-reg quickstart`', data_config)
+    _say(
+        4,
         f'Save it: {folder}',
         'config.json, model.safetensors and README.md, the model card: what timm loads and the Hugging Face Hub holds.',
     )
@@ -226,10 +180,10 @@ def quickstart(
     difference = (_logits(loaded, held_out) - expected).abs().max().item()
     if difference != 0:
         raise RuntimeError(
-            f'The network loaded from {folder} is not the one that was saved: on the held-out images its outputs '
-            f'differ by up to {difference}, expected 0.'
+            f'The network loaded from {folder} is not the one that was saved: outputs differ by {difference}'
         )
-    say(
+    _say(
+        5,
         "Load it back: timm.create_model('local-dir:…', pretrained=True)",
         f'On all {len(expected)} held-out images the outputs are the same, bit for bit.',
         f'\nDone in {time.perf_counter() - start:.0f} s.',
@@ -238,13 +192,9 @@ def quickstart(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--output',
-        default='.',
-        metavar='DIR',
-        help=f'where {DEFAULT_MODEL}.digits/ goes; one from an earlier run is replaced (default: here)',
-    )
+    told = f'where {NAME}/ goes; one from an earlier run is replaced (default: here)'
+    parser.add_argument('--output', default='.', metavar='DIR', help=told)
 
 
 def main(args: argparse.Namespace) -> None:
-    quickstart(Path(args.output))
+    quickstart(args.output)

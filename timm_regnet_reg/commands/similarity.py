@@ -17,16 +17,14 @@ batches makes no bias: of K and L with zeros on the diagonal
 
 (Kornblith et al., arXiv 1905.00414; for batches Nguyen et al., arXiv 2010.15327; HSIC: Song et al., JMLR 13, 2012).
 
-Prints the means over neighbours: a block and the next one of its stage. Writes similarity.csv, the values of all pairs;
-similarity.png, the same as heat maps; and features.png, the outputs for one image: the mean of the channels and, of
-each stage, the three channels that vary most over that image.
+Prints the means over neighbours: a block and the next one of its stage. Writes similarity.csv, the values of all pairs,
+and similarity.png, the same as heat maps.
 """
 
 import argparse
 import csv
 import itertools
 import math
-import os
 import random
 import re
 from pathlib import Path
@@ -39,31 +37,35 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import ResNet
 from tqdm import tqdm
 
-from ..arguments import add_device, positive
+from ..arguments import add_data, add_device, positive
 from ..errors import UserError
+from ..papers import tables
 from ..papers.plots import plot_folder
-from ..weights.files import check_writable, replacing
-from ..weights.inference import find_images, load_model, read_image
-from ..weights.scoring import check_device
+from ..weights.files import replacing
+from ..weights.inference import find_images, load_model
+from ..weights.scoring import check_device, image_mode, read_image, split_folder
 
 __all__ = ['CKA', 'COSINE', 'Similarity', 'similarity']
 
 CKA, COSINE = 'linear CKA', 'cosine similarity'
+BATCH_SIZE = 64
 LEAST = 4  # images in a batch: below, the unbiased HSIC has no value
+
+
+def _stage(block: str) -> str:
+    return block.partition('.')[0]
 
 
 class Similarity(NamedTuple):
     """How alike a network's blocks are."""
 
-    stages: List[str]  # of each block, 'layer1', …
     blocks: List[str]  # 'layer1.0', …
     values: Dict[str, torch.Tensor]  # of each measure, (blocks, blocks), float64, NaN where it isn't defined
-    maps: List[torch.Tensor]  # the first image and each block's output for it, (channels, height, width)
 
     def neighbours(self, measure: str, stage: str = '') -> float:
-        """The mean of a measure over neighbours, in one stage or in all; NaN if there are none."""
-        pairs = zip(self.stages, self.stages[1:], self.values[measure].diagonal(1).tolist())
-        values = [value for a, b, value in pairs if a == b and stage in ('', a)]
+        """The mean of a measure over neighbours, in one stage, 'layer1', say, or in all; NaN if there are none."""
+        pairs = zip(self.blocks, self.blocks[1:], self.values[measure].diagonal(1).tolist())
+        values = [value for a, b, value in pairs if _stage(a) == _stage(b) and a.startswith(stage)]
         return sum(values) / len(values) if values else math.nan
 
 
@@ -91,22 +93,19 @@ def similarity(model: ResNet, batches: Iterable[torch.Tensor]) -> Similarity:
         UserError: An output isn't finite, or is the same for all images of a batch.
     """
     blocks = {name: module for name, module in model.named_modules() if re.fullmatch(r'layer\d\.\d+', name)}
-    names, stages = list(blocks), [name.partition('.')[0] for name in blocks]
+    names, stages = list(blocks), [_stage(name) for name in blocks]
     hsic, cosine = torch.zeros(2, len(blocks), len(blocks), dtype=torch.float64)
     grams: List[torch.Tensor] = []  # of the blocks so far
     units: List[torch.Tensor] = []  # outputs of the blocks so far in the stage, of unit length
-    maps: List[torch.Tensor] = []
     seen = 0
 
     def read(block: nn.Module, inputs: Any, output: Any) -> None:
-        x = output[0] if isinstance(output, tuple) else output  # a regulated block gives its state as well
+        x = output[0] if isinstance(output, tuple) else output  # a regulated block hands on its state as well
         index = len(grams)
         if not x.isfinite().all():
             raise UserError(f'{names[index]} gives infinities or NaN for these images; give a model that works')
         if (x == x[0]).all():
             raise UserError(f'{names[index]} gives the same for all of {len(x)} images; give a model that works')
-        if not seen:
-            maps.append(x[0].cpu())
         x = x.flatten(1)
         grams.append(_centered_gram(x))
         first = stages.index(stages[index])
@@ -119,8 +118,6 @@ def similarity(model: ResNet, batches: Iterable[torch.Tensor]) -> Similarity:
     hooks = [block.register_forward_hook(read) for block in blocks.values()]
     try:
         for images in batches:
-            if not seen:
-                maps.append(images[0].cpu())
             model(images)
             n = len(images)
             seen += n
@@ -136,16 +133,16 @@ def similarity(model: ResNet, batches: Iterable[torch.Tensor]) -> Similarity:
         CKA: hsic / scale / scale[:, None],
         COSINE: ((cosine + cosine.triu(1).T) / seen).masked_fill(other_stage, math.nan),
     }
-    return Similarity(stages, names, values, maps)
+    return Similarity(names, values)
 
 
 def _table(measure: str, results: Dict[str, Similarity]) -> List[str]:
     """A Markdown table: for every model the means over neighbours, of all stages and of each."""
-    stages = list(dict.fromkeys(stage for result in results.values() for stage in result.stages))
-    lines = [f'| {measure} of neighbours | all stages | {" | ".join(stages)} |', f'|---|{"---:|" * (1 + len(stages))}']
+    stages = list(dict.fromkeys(_stage(block) for result in results.values() for block in result.blocks))
+    lines = tables.header([f'{measure} of neighbours', 'all stages', *stages])
     for name, result in results.items():
         means = [result.neighbours(measure, stage) for stage in ['', *stages]]
-        lines.append(f'| {name} | {" | ".join("" if math.isnan(mean) else f"{mean:.3f}" for mean in means)} |')
+        lines.append(tables.row([name, *('' if math.isnan(mean) else f'{mean:.3f}' for mean in means)]))
     return lines
 
 
@@ -160,7 +157,7 @@ def _write_csv(path: Path, results: Dict[str, Similarity]) -> None:
                     writer.writerow([name, measure, a, b, '' if math.isnan(value) else value])
 
 
-def _plot_values(path: Path, results: Dict[str, Similarity]) -> None:
+def _plot(path: Path, results: Dict[str, Similarity]) -> None:
     """Heat maps of all pairs, a column a model and a row a measure."""
     from matplotlib.figure import Figure
 
@@ -176,7 +173,7 @@ def _plot_values(path: Path, results: Dict[str, Similarity]) -> None:
             axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
             axes.spines[:].set_visible(False)
             for i in range(1, len(blocks)):
-                if result.stages[i] != result.stages[i - 1]:
+                if _stage(blocks[i]) != _stage(blocks[i - 1]):
                     axes.axhline(i - 0.5, color='white', linewidth=2)
                     axes.axvline(i - 0.5, color='white', linewidth=2)
             for i, j in itertools.product(range(len(blocks)), repeat=2):
@@ -188,42 +185,13 @@ def _plot_values(path: Path, results: Dict[str, Similarity]) -> None:
     figure.savefig(path, dpi=150, format='png')
 
 
-def _plot_maps(path: Path, results: Dict[str, Similarity]) -> None:
-    """The blocks' outputs for one image, each map in colours of its own."""
-    from matplotlib.figure import Figure
-
-    columns = max(len(result.blocks) for result in results.values())
-    figure = Figure(figsize=(0.9 * (columns + 1), 4 * len(results)), layout='constrained')
-    parts = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
-    for part, (name, result) in zip(parts, results.items()):
-        part.suptitle(f'{Path(name).name}: outputs of the blocks for one image', fontsize=11)
-        grid = part.subplots(4, 1 + columns)
-        for axes in grid.flat:
-            axes.set(xticks=[], yticks=[], frame_on=False)
-        image, *maps = result.maps
-        image = image - image.min()
-        grid[0, 0].imshow((image / image.max()).permute(1, 2, 0).numpy(), cmap='gray')
-        grid[0, 0].set_title('image', fontsize=8)
-        for stage in dict.fromkeys(result.stages):
-            members = [i for i, other in enumerate(result.stages) if other == stage]
-            spread = torch.stack([F.normalize(maps[i].flatten(1).std(1, correction=0), dim=0) for i in members]).sum(0)
-            channels = spread.topk(3).indices.tolist()
-            for i in members:
-                shown = [maps[i].mean(0), *maps[i][channels]]
-                grid[0, 1 + i].set_title(result.blocks[i], fontsize=8)
-                for axes, values, label in zip(grid[:, 1 + i], shown, ['mean', *(f'channel {c}' for c in channels)]):
-                    axes.imshow(values.numpy(), cmap='magma')
-                    axes.set_ylabel(label if i == members[0] else '', fontsize=8)
-    figure.savefig(path, dpi=150, format='png')
-
-
 def _batches(model: ResNet, batches: List[List[str]], device: str, name: str) -> Iterator[torch.Tensor]:
     """The images of the files, batch by batch, as the model takes them."""
     config = resolve_data_config(model=model)
     transform = create_transform(**config, is_training=False)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    mode = image_mode(config)
     for paths in tqdm(batches, desc=name, unit='batch', leave=False, disable=None):
-        yield torch.stack([transform(read_image(path).convert(mode)) for path in paths]).to(device)
+        yield torch.stack([transform(read_image(path, mode)) for path in paths]).to(device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -233,21 +201,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs='+',
         help="a ResNet of timm's with weights, plain or regulated, hf-hub:OWNER/NAME or local-dir:FOLDER",
     )
-    parser.add_argument('--data-dir', required=True, metavar='DIR', help='holds {split}/<class>/<image>')
-    parser.add_argument('--split', default='validation', help='folder of the images (default: %(default)s)')
+    add_data(parser)
     parser.add_argument(
         '--images',
         type=positive,
         default=512,
         metavar='N',
-        help='how many of them, at most, a random choice that is the same every time (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--batch-size',
-        type=positive,
-        default=64,
-        metavar='N',
-        help='images at a time, at most; 4 or more (default: %(default)s)',
+        help='how many of them, at most: a random choice, the same every time; 4 or more (default: %(default)s)',
     )
     add_device(parser)
     parser.add_argument(
@@ -263,23 +223,13 @@ def main(args: argparse.Namespace) -> None:
     """
     output = plot_folder(args.output)
     check_device(args.device)
-    root = Path(args.data_dir, args.split)
-    if root.resolve() == Path(args.data_dir).resolve():
-        raise UserError(f'--split {args.split!r}: is all of {args.data_dir}; give the folder in it to measure on')
-    writers = {'similarity.csv': _write_csv, 'similarity.png': _plot_values, 'features.png': _plot_maps}
-    for file in writers:
-        check_writable(output / file)
-    if not os.path.isdir(root):
-        raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
+    root = split_folder(args.data_dir, args.split)
     paths = find_images([str(root)])
     sample = random.Random(0).sample(paths, min(args.images, len(paths)))
-    parts = math.ceil(len(sample) / args.batch_size)
+    if len(sample) < LEAST:
+        raise UserError(f'{len(sample)} of the {len(paths)} images of {root}: give {LEAST} or more')
+    parts = math.ceil(len(sample) / BATCH_SIZE)
     batches = [sample[i::parts] for i in range(parts)]
-    if len(batches[-1]) < LEAST:
-        raise UserError(
-            f'{root}: {len(sample)} of its {len(paths)} images in batches of at most {args.batch_size} leave '
-            f'{len(batches[-1])} for one, and each needs {LEAST}; give more --images or a larger --batch-size'
-        )
     models: Dict[str, ResNet] = {}
     for name in args.models:
         model = load_model(name, args.device)
@@ -291,6 +241,6 @@ def main(args: argparse.Namespace) -> None:
         models[name] = model
     results = {name: similarity(m, _batches(m, batches, args.device, name)) for name, m in models.items()}
     print(f'{len(sample)} images of {root}', *_table(CKA, results), '', *_table(COSINE, results), sep='\n')
-    for file, write in writers.items():
+    for file, write in (('similarity.csv', _write_csv), ('similarity.png', _plot)):
         with replacing(output / file) as new:
             write(new, results)

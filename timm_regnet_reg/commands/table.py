@@ -14,13 +14,13 @@ import torch
 from tqdm import tqdm
 
 from ..cells import CELLS
+from ..papers import tables
 from ..papers.flops import count
 from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 
 __all__ = ['header', 'row']
 
 
-@torch.inference_mode()  # takes two thirds of the time
 def _count(name: str, **kwargs) -> Tuple[int, int]:
     """`count` of a model and one image of its default size, both without data."""
     model = timm.create_model(name, device='meta', **kwargs).eval()
@@ -33,8 +33,7 @@ def _three_digits(x: float) -> str:
 
 def header() -> List[str]:
     """The table's first two lines."""
-    columns = ['backbone', 'input', 'plain', *(cell.__name__ for cell in CELLS.values())]
-    return [f'| {" | ".join(columns)} |', f'|---|---|{"---:|" * (len(columns) - 2)}']
+    return tables.header(['backbone', 'input', 'plain', *(cell.__name__ for cell in CELLS.values())], texts=2)
 
 
 def row(backbone: str) -> str:
@@ -47,7 +46,7 @@ def row(backbone: str) -> str:
     counts = [_count(names[0], regulated_stages=()), *map(_count, names)]
     size = 'x'.join(map(str, timm.get_pretrained_cfg(names[0]).input_size[1:]))
     columns = [f'{_three_digits(parameters / 1e6)} / {_three_digits(macs / 1e9)}' for parameters, macs in counts]
-    return f'| {backbone} | {size} | {" | ".join(columns)} |'
+    return tables.row([backbone, size, *columns])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """The networks that `bench` compares: plain, regulated, and regulated as others write it."""
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, Optional
 
 import timm
 import torch
@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from ..blocks import RegulatedStage
 from ..cells import CELLS, ConvLSTM
 from ..equations import Kernels, State
-from ..errors import UserError
-from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 
-__all__ = ['DENSE', 'NAIVE', 'PLAIN', 'DenseConvRNN', 'NaiveConvLSTM', 'Regulators', 'networks', 'regulator_inputs']
+__all__ = ['BASELINES', 'PLAIN', 'DenseConvRNN', 'NaiveConvLSTM', 'create']
 
-PLAIN, NAIVE, DENSE = 'plain', 'naive convlstm', 'dense convrnn'
+PLAIN = 'plain'
 
 
 class NaiveConvLSTM(ConvLSTM):
@@ -53,73 +51,28 @@ class DenseConvRNN(nn.Module):
     @staticmethod
     def step(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
         """X and H (B, N, height, width) to the new H."""
-        H = torch.zeros_like(X) if H is None else H
         weight, bias = W
+        H = torch.zeros_like(X) if H is None else H
         return torch.tanh(F.conv2d(torch.cat([X, H], dim=1), weight, bias, padding=1)), C
 
 
-class Regulators(nn.Module):
-    """The regulators of a network without their network: each runs as many steps as its stage has blocks."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        stages = _regulated_stages(model)
-        self.cells = nn.ModuleList(stage.regulator for stage in stages)
-        self.steps = [len(stage) for stage in stages]
-
-    def forward(self, *Xs: torch.Tensor) -> List[torch.Tensor]:
-        """The input X of each stage, (B, N, height, width), to the last H of each."""
-        Hs = []
-        for cell, steps, X in zip(self.cells, self.steps, Xs):
-            W = cell()
-            H, C = cell.step(X, None, None, W)
-            for _ in range(steps - 1):
-                H, C = cell.step(X, H, C, W)
-            Hs.append(H)
-        return Hs
+BASELINES: Dict[str, Any] = {'naive-convlstm': NaiveConvLSTM, 'dense-convrnn': DenseConvRNN}
 
 
-def _regulated_stages(model: nn.Module) -> List[RegulatedStage]:
-    return [stage for stage in model.children() if isinstance(stage, RegulatedStage)]
-
-
-def regulator_inputs(model: nn.Module, images: torch.Tensor) -> List[torch.Tensor]:
-    """Random numbers in the shape that each regulator of the network reads for these images."""
-    shapes: List[torch.Size] = []
-    hooks = [
-        stage[0].regulator_bn.register_forward_hook(lambda bn, inputs, output: shapes.append(output.shape[1:]))
-        for stage in _regulated_stages(model)
-    ]
-    with torch.no_grad():
-        model.eval()(images[:1])
-    for hook in hooks:
-        hook.remove()
-    return [torch.randn(len(images), *shape, device=images.device) for shape in shapes]
-
-
-def networks(backbone: str, device: Any = None) -> Dict[str, nn.Module]:
-    """The networks to compare, by name: plain, one with each cell, naive and dense.
+def create(backbone: str, names: Iterable[str], device: Any = None) -> Dict[str, nn.Module]:
+    """The networks of these names, each `PLAIN`, a cell of `CELLS` or one of `BASELINES`.
 
     Args:
         backbone: 'resnet20', 'resnet50', …
         device: Where they are to be.
-
-    Raises:
-        UserError: Unknown backbone.
     """
-    known = [*CIFAR_BACKBONES, *BACKBONES]
-    if backbone not in known:
-        raise UserError(f'unknown backbone {backbone!r}: choose one of {", ".join(known)}')
-
-    def plain() -> nn.Module:
-        return timm.create_model(f'regnet_reg_{backbone}_convlstm', regulated_stages=(), device=device)
-
-    models = {PLAIN: plain()}
-    for cell in CELLS:
-        models[cell] = timm.create_model(f'regnet_reg_{backbone}_{cell}', device=device)
-    for name, cell_class in ((NAIVE, NaiveConvLSTM), (DENSE, DenseConvRNN)):
-        models[name] = plain()
-        for child, stage in list(models[name].named_children()):
-            if child.startswith('layer'):
-                setattr(models[name], child, RegulatedStage(stage, cell_class, nn.BatchNorm2d))
+    models: Dict[str, nn.Module] = {}
+    for name in names:
+        if name in CELLS:
+            models[name] = timm.create_model(f'regnet_reg_{backbone}_{name}', device=device)
+            continue
+        model = models[name] = timm.create_model(f'regnet_reg_{backbone}_convlstm', regulated_stages=(), device=device)
+        for child, stage in list(model.named_children()):
+            if name in BASELINES and child.startswith('layer') and len(stage):
+                setattr(model, child, RegulatedStage(stage, BASELINES[name], nn.BatchNorm2d))
     return models

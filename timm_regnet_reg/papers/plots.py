@@ -1,5 +1,6 @@
 """What commands that plot check before they work."""
 
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -14,13 +15,8 @@ def plot_folder(name: str) -> Path:
     Raises:
         UserError: matplotlib is missing, or the folder can't be written to.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f'the figures are drawn with matplotlib, which cannot be imported ({error}); '
-            'pip install "timm-regnet-reg[plots]"'
-        ) from error
+    if importlib.util.find_spec('matplotlib') is None:
+        raise UserError('the figures are drawn with matplotlib, which is missing; pip install "timm-regnet-reg[plots]"')
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)

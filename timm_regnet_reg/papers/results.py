@@ -1,18 +1,23 @@
-"""The rows of the papers' CIFAR tables, the CSV files of what was trained for them, and what these tell."""
+"""The rows of the papers' CIFAR tables, runs of them, the CSV files of what was trained, and what these tell."""
 
 import ast
 import csv
+import hashlib
 import io
+import json
 import math
-import os
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
-from ..errors import UserError
-from ..weights.files import lock_folder, replacing
+import numpy as np
 
-__all__ = ['ALIKE', 'COLUMNS', 'IDENTITY', 'ROWS', 'TABLES', 'Row', 'add_result', 'draw', 'read_results', 'report']
+from ..errors import UserError
+from ..weights.files import locked, replacing
+from .cifar import CLASSES
+
+__all__ = ['COLUMNS', 'ROWS', 'TABLES', 'Row', 'Run', 'add_result', 'draw', 'read_results', 'report']
 
 
 class Row(NamedTuple):
@@ -63,12 +68,69 @@ TABLES: Dict[str, List[Row]] = {
     ],
 }
 ROWS = [row for rows in TABLES.values() for row in rows]
-IDENTITY = ['model', 'arguments', 'dataset', 'schedule', 'precision', 'device', 'images', 'seed']
+PLACES = {(row.model, row.arguments): place for place, row in enumerate(ROWS)}
+# what a run is known by; it may have one row
+IDENTITY = ['model', 'arguments', 'dataset', 'schedule', 'engine', 'precision', 'images', 'seed', 'epochs', 'settings']
 MEASURED = ['top1', 'top5', 'train_loss', 'parameters', 'multiply_adds', 'seconds']
-VERSIONS = ['timm_regnet_reg', 'timm', 'torch', 'python']
-COLUMNS = IDENTITY + MEASURED + ['epochs', 'recipe', 'settings'] + VERSIONS + ['options']
-# what rows must have in common for a mean or a table; `settings` is a digest of all that the runs are given alike
-ALIKE = ['dataset', 'schedule', 'epochs', 'precision', 'device', 'images', 'settings']
+VERSIONS = ['device', 'timm_regnet_reg', 'timm', 'torch', 'python']
+COLUMNS = IDENTITY + MEASURED + VERSIONS + ['options']
+# what rows must have in common for a mean or a table
+ALIKE = ['dataset', 'schedule', 'epochs', 'engine', 'precision', 'images', 'settings']
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One training of a row, by all that decides its result.
+
+    Args:
+        row: What is trained.
+        dataset: 'cifar10' or 'cifar100'.
+        schedule: Name of the recipe among the data set's.
+        seed: Of the weights, the order of the images and their views.
+        engine: 'resident' or 'train.py'.
+        recipe: The recipe's options, and those of the precision.
+        images: The number of images in train/ and validation/.
+    """
+
+    row: Row
+    dataset: str
+    schedule: str
+    seed: int
+    engine: str
+    recipe: Dict[str, Any]
+    images: Dict[str, int]
+
+    def __str__(self) -> str:
+        return f'{self.row}, seed {self.seed}'
+
+    @property
+    def classes(self) -> int:
+        return CLASSES[self.dataset]
+
+    @property
+    def identity(self) -> Dict[str, str]:
+        """The columns `IDENTITY`; `settings` is a digest of what the runs of a table are given alike."""
+        settings = json.dumps([self.recipe, self.images], sort_keys=True).encode()
+        values = {
+            **self.row._asdict(),
+            **vars(self),
+            'precision': 'bf16' if self.recipe.get('amp') else 'float32',
+            'images': self.images['validation'],
+            'epochs': self.recipe['epochs'],
+            'settings': hashlib.sha256(settings).hexdigest()[:12],
+        }
+        return {key: str(values[key]) for key in IDENTITY}
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        facts = self.identity
+        stages = ''.join(f'-stage{i}' for i in self.row.kwargs.get('regulated_stages', ()))
+        names = [facts[key] for key in ('dataset', 'schedule', 'engine', 'precision', 'model')]
+        return f'{"-".join(names)}{stages}-seed{self.seed}-{facts["settings"]}'
+
+    def has_result(self, results: List[Dict[str, str]]) -> bool:
+        return any(self.identity.items() <= result.items() for result in results)
 
 
 def read_results(path: Path) -> List[Dict[str, str]]:
@@ -81,7 +143,14 @@ def read_results(path: Path) -> List[Dict[str, str]]:
         with open(path, newline='', encoding='utf-8') as file:
             results = list(csv.DictReader(file))
         for line, result in enumerate(results, start=2):
-            _check_result(result, line)
+            if {*result} != {*COLUMNS} or None in result.values():
+                raise ValueError(f'line {line} has not the columns {", ".join(COLUMNS)}')
+            if (result['model'], result['arguments']) not in PLACES or not hasattr(ROWS[0], result['dataset']):
+                raise ValueError(f'line {line} is of no row of the tables')
+            for key in ('seed', 'images', 'parameters', 'multiply_adds'):
+                int(result[key])
+            if not math.isfinite(float(result['train_loss'])) or not 0 <= float(result['top1']) <= 100:
+                raise ValueError(f'line {line} has an accuracy or a loss that cannot be')
         runs = [tuple(result[key] for key in IDENTITY) for result in results]
         if twice := [run for run in runs if runs.count(run) > 1]:
             raise ValueError(f'there are two rows of {" ".join(filter(None, twice[0]))}')
@@ -92,66 +161,41 @@ def read_results(path: Path) -> List[Dict[str, str]]:
     return results
 
 
-def _check_result(result: Dict[str, str], line: int) -> None:
-    """Raises a ValueError if a row isn't one of those that `add_result` writes."""
-    if {*result} != {*COLUMNS} or None in result.values():
-        raise ValueError(f'line {line} has not the columns {", ".join(COLUMNS)}')
-    if (result['model'], result['arguments']) not in [(row.model, row.arguments) for row in ROWS]:
-        raise ValueError(f'line {line} is of no row of the tables')
-    if result['dataset'] not in ('cifar10', 'cifar100'):
-        raise ValueError(f'line {line} is of the data set {result["dataset"]}')
-    for key in ('seed', 'images', 'parameters', 'multiply_adds'):
-        int(result[key])
-    if not math.isfinite(float(result['train_loss'])) or not 0 <= float(result['top1']) <= 100:
-        raise ValueError(f'line {line} has an accuracy or a loss that cannot be')
-
-
 def add_result(path: Path, result: Dict[str, Any]) -> None:
     """Adds a row, in the order of the tables and seeds; other processes may do so at the same time.
 
     Raises:
         UserError: The file can't be read or written, or has a row of that run.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(path.parent, seconds=60)
-    try:
-        order = {(row.model, row.arguments): index for index, row in enumerate(ROWS)}
+    with locked(path, seconds=60):
         results = read_results(path)
         if any(all(known[key] == str(result[key]) for key in IDENTITY) for known in results):
             raise UserError(f'{path}: has a row of this run, which stays')
         results.append({key: str(value) for key, value in result.items()})
-        results.sort(key=lambda r: (r['schedule'], r['precision'], order[r['model'], r['arguments']], int(r['seed'])))
+        results.sort(key=lambda r: (*(r[key] for key in ALIKE), PLACES[r['model'], r['arguments']], int(r['seed'])))
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
         writer.writeheader()
         writer.writerows(results)
         with replacing(path) as new:
             new.write_text(text.getvalue(), encoding='utf-8')
-    finally:
-        os.close(lock)
 
 
 def _groups(results: List[Dict[str, str]]) -> Dict[Tuple[str, ...], Dict[Row, List[Dict[str, str]]]]:
     """Results that may be compared, by what they have in common; in each, the results of every row that has any."""
     groups: Dict[Tuple[str, ...], Dict[Row, List[Dict[str, str]]]] = {}
     for result in results:
-        [row] = (row for row in ROWS if (row.model, row.arguments) == (result['model'], result['arguments']))
+        row = ROWS[PLACES[result['model'], result['arguments']]]
         groups.setdefault(tuple(result[key] for key in ALIKE), {}).setdefault(row, []).append(result)
     return groups
 
 
 def _title(alike: Tuple[str, ...]) -> str:
-    facts = dict(zip(ALIKE, alike))
+    dataset, schedule, epochs, engine, precision, images, settings = alike
     return (
-        f'{facts["dataset"].replace("cifar", "CIFAR-")}, schedule {facts["schedule"]}, {facts["epochs"]} epochs, '
-        f'{facts["precision"]} on {facts["device"]}, {int(facts["images"]):,} images, settings {facts["settings"]}'
+        f'{dataset.replace("cifar", "CIFAR-")}, schedule {schedule}, {epochs} epochs, {precision}, by {engine}, '
+        f'{int(images):,} images, settings {settings}'
     )
-
-
-def _versions(results: List[Dict[str, str]]) -> str:
-    """What the runs were trained with."""
-    found = {key: ' and '.join(sorted({result[key] for result in results})) for key in VERSIONS}
-    return 'Trained with ' + ', '.join(f'{key} {versions}' for key, versions in found.items())
 
 
 def _error(results: List[Dict[str, str]]) -> Tuple[float, float]:
@@ -160,12 +204,40 @@ def _error(results: List[Dict[str, str]]) -> Tuple[float, float]:
     return statistics.mean(errors), statistics.stdev(errors) if len(errors) > 1 else 0.0
 
 
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, from its density."""
+    t = np.linspace(0, 13, 130_001)
+    factor = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    density = math.exp(factor) * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
+    area = np.cumsum((density[1:] + density[:-1]) / 2) * t[1]
+    return float(t[1 + np.searchsorted(area, 0.475)])
+
+
+def _differences(rows: Dict[Row, List[Dict[str, str]]]) -> List[str]:
+    """How far the networks are from their plain ones, if any row has two seeds: these tell what a seed makes."""
+    freedom = sum(len(runs) - 1 for runs in rows.values())
+    if not freedom:
+        return []
+    squares = sum((len(runs) - 1) * _error(runs)[1] ** 2 for runs in rows.values())
+    deviation = math.sqrt(squares / freedom)
+    lines = []
+    for row, runs in rows.items():
+        plain = next((plain for plain in rows if plain.model == f'cifar_{row.model.split("_")[-2]}'), None)
+        if plain:
+            interval = _student(freedom) * deviation * math.sqrt(1 / len(runs) + 1 / len(rows[plain]))
+            lines.append(f'- {row}: {_error(runs)[0] - _error(rows[plain])[0]:+.2f} ± {interval:.2f}')
+    title = f"Error minus the plain network's, 95 % interval over seeds (Student's t, deviation {deviation:.2f}):"
+    return [title, '', *lines, ''] if lines else []
+
+
 def report(results: List[Dict[str, str]]) -> str:
     """Markdown: for all runs that may be compared a table of errors beside the papers'."""
     lines = []
     for alike, rows in _groups(results).items():
+        found = {key: {run[key] for runs in rows.values() for run in runs} for key in VERSIONS}
+        versions = ', '.join(f'{key} {" and ".join(sorted(values))}' for key, values in found.items())
         lines += [
-            f'{_title(alike)}. {_versions([run for runs in rows.values() for run in runs])}:',
+            f'{_title(alike)}. Trained with {versions}:',
             '',
             "| model | parameters | multiply-adds | error, % | seeds | training loss | papers' error, % |",
             '|---|---:|---:|---:|---:|---:|---:|',
@@ -179,7 +251,7 @@ def report(results: List[Dict[str, str]]) -> str:
                 f'| {mean:.2f}{f" ± {deviation:.2f}" if len(runs) > 1 else ""} | {len(runs)} '
                 f'| {loss:.3f} | {getattr(row, alike[0]):.2f} |'
             )
-        lines.append('')
+        lines += ['', *_differences(rows)]
     return '\n'.join(lines)
 
 

@@ -1,14 +1,14 @@
-"""Accuracy on folders of images, and what must be right before it is measured."""
+"""Reading images, and accuracy on folders of them."""
 
 import os
+from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
-from PIL import Image
-from timm.data import ImageDataset, create_loader, create_transform
+from PIL import Image, ImageOps
+from timm.data import ImageDataset, create_loader
 from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.utils import AverageMeter, accuracy
-from torch.utils.data import DataLoader
+from timm.task.evaluator import ClassificationEvaluator
 from tqdm import tqdm
 
 from ..errors import UserError, reason
@@ -19,14 +19,11 @@ __all__ = [
     'check_device',
     'check_finite',
     'check_same_classes',
-    'convert',
+    'image_mode',
+    'read_image',
     'score',
-    'score_loader',
-    'try_image',
+    'split_folder',
 ]
-
-LARGEST_SIDE = 4096  # pixels
-SMALLEST_CROP = 0.1  # of the image's sides
 
 
 class Score(NamedTuple):
@@ -39,16 +36,12 @@ class Score(NamedTuple):
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UserError: The name is none, or the machine has no such device.
-    """
+    """The device of that name; a UserError if the name is none, or the machine has no such device."""
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ('cpu', 'cuda') or device.type == 'cpu' and device.index:
+    if device is None or device.type not in ('cpu', 'cuda') or (device.type == 'cpu' and device.index):
         raise UserError(f'--device {name}: expected cpu, cuda or cuda:N')
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f'--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; --device cpu works')
@@ -64,17 +57,47 @@ def check_finite(logits: torch.Tensor, source) -> None:
         )
 
 
-def convert(image: Image.Image, mode: str) -> Image.Image:
-    """An image in mode 'L' or 'RGB', with grey of 16 bits scaled, which Pillow clips and thereby turns white.
+def image_mode(data_config: Dict[str, Any]) -> str:
+    """Pillow's mode of the images that a network takes: 'L' for one channel, 'RGB' for three, or a ValueError."""
+    channels = data_config['input_size'][0]
+    if channels not in (1, 3):
+        raise ValueError(f'it takes {channels} channels, and images have 1 or 3')
+    return 'L' if channels == 1 else 'RGB'
+
+
+def read_image(path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
+    """An image with 8 bits a channel.
+
+    Args:
+        mode: 'L' or 'RGB'.
+        upright: Turn it the way its EXIF data says. timm's data sets, for training and for scoring, don't.
 
     Raises:
-        ValueError: The range of its values isn't known.
+        UserError: It isn't an image, or is damaged, or has grey values of unknown range.
     """
-    if image.mode.startswith('I;16'):
-        image = image.convert('I').point(lambda value: value * (1 / 257) + 0.5).convert('L')
-    elif image.mode in ('I', 'F'):
-        raise ValueError('it has 32 bits a pixel, and what is white is not known; save it with 8 or 16')
-    return image.convert(mode)
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened) if upright else opened
+            if image.mode.startswith('I;16'):  # which Pillow would clip, so that grey became white
+                image = image.convert('I').point(lambda value: value * (1 / 257) + 0.5).convert('L')
+            elif image.mode in ('I', 'F'):
+                raise ValueError('it has 32 bits a pixel, and what is white is not known; save it with 8 or 16')
+            return image.convert(mode)
+    except Exception as error:  # decoders raise whatever they stumble over in a damaged file
+        raise UserError(
+            f'{path}: cannot be read as an image ({reason(error)}); get it again, or leave it out'
+        ) from error
+
+
+def split_folder(data_dir, split: str) -> Path:
+    """The folder of a split of the data; a UserError if it is all of the data, training images included."""
+    root = Path(data_dir, split)
+    if root.resolve() == Path(data_dir).resolve():
+        raise UserError(
+            f'--split {split!r}: is all of {data_dir}, training images included; give the folder in it, such as '
+            'validation'
+        )
+    return root
 
 
 class ImageFolder(ImageDataset):
@@ -86,25 +109,17 @@ class ImageFolder(ImageDataset):
         transform: What prepares an image; timm's loader sets its own.
 
     Raises:
-        UserError: There is no such folder, or it holds no images, another number of classes, or a class twice.
+        UserError: There is no such folder, or it holds no images or another number of classes.
     """
 
     def __init__(self, root, data_config: Dict[str, Any], num_classes: int, transform=None) -> None:
         if not os.path.isdir(root):
             raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
         try:
-            super().__init__(str(root), input_img_mode=_mode(data_config), transform=transform)
+            super().__init__(str(root), input_img_mode=image_mode(data_config), transform=transform)
         except RuntimeError as error:
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
         self.label_names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
-        folders = sorted({os.path.dirname(name) for name in self.filenames(absolute=True)})
-        if len(folders) > len(self.label_names):
-            names = [os.path.basename(folder) for folder in folders]
-            twice = [folder for folder, name in zip(folders, names) if names.count(name) > 1]
-            raise UserError(
-                f'{root}: holds a class twice ({", ".join(twice[:2])}, …), which would be taken together; expected '
-                f'{root}/<class>/<image>'
-            )
         if len(self.label_names) != num_classes:
             raise UserError(
                 f'{root}: holds {len(self.label_names)} classes ({", ".join(self.label_names[:4])}, …), but the model '
@@ -112,29 +127,16 @@ class ImageFolder(ImageDataset):
             )
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
-        try:
-            file, label = self.reader[index]
-            with file, Image.open(file) as opened:
-                image = convert(opened, self.input_img_mode)
-        except Exception as error:  # decoders raise whatever they stumble over in a damaged file
-            name = self.filename(index, absolute=True)
-            raise UserError(
-                f'{name}: cannot be read as an image ({reason(error)}); get it again, or move it away'
-            ) from error
+        path, label = self.reader.samples[index]
+        image = read_image(path, self.input_img_mode, upright=False)
         return self.transform(image) if self.transform else image, label
 
 
 def check_same_classes(images: ImageFolder, training_root) -> None:
-    """Checks that images are of the classes that training images are of, whose order makes the labels.
+    """Raises a UserError unless images are of the classes of the training images, if these are there.
 
-    Args:
-        training_root: `{training_root}/<class>/<image>`; what isn't there isn't compared.
-
-    Raises:
-        UserError: A class is missing, or added, or has another name.
+    The order of the classes makes the labels.
     """
-    if not os.path.isdir(training_root):
-        return
     trained = set(find_images_and_targets(str(training_root), sort=False)[1])
     found = set(images.label_names)
     if trained and found != trained:
@@ -145,85 +147,41 @@ def check_same_classes(images: ImageFolder, training_root) -> None:
         )
 
 
-def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> torch.Tensor:
-    """Logits (1, num_classes) of one image, made up and prepared for the model, on the CPU and in evaluation mode.
-
-    Raises:
-        UserError: It can't be prepared or classified, or the logits aren't finite. `source` is the file to name.
-    """
-    try:
-        # before an image is made of a size that no memory holds
-        if max(data_config['input_size'][1:]) > LARGEST_SIDE or not data_config['crop_pct'] >= SMALLEST_CROP:
-            raise ValueError(f'sides up to {LARGEST_SIDE} and a crop_pct from {SMALLEST_CROP} on are expected')
-        image = Image.linear_gradient('L').convert(_mode(data_config))
-        with torch.inference_mode():
-            logits = model(create_transform(**data_config)(image)[None])
-        if logits.shape != (1, model.num_classes):
-            raise ValueError(f'its outputs are of shape {tuple(logits.shape)}')
-    except Exception as error:  # transforms and networks raise whatever they stumble over
-        raise UserError(
-            f'{source}: an image cannot be prepared and classified as it says ({reason(error)}), with {data_config}; '
-            'correct that, or get it again'
-        ) from error
-    check_finite(logits, source)
-    return logits
-
-
-def _mode(data_config: Dict[str, Any]) -> str:
-    return 'L' if data_config['input_size'][0] == 1 else 'RGB'
-
-
 def score(
     model: torch.nn.Module,
-    images: ImageFolder,
+    images: Any,
     data_config: Dict[str, Any],
     batch_size: int = 128,
     workers: int = 2,
     device: torch.device = torch.device('cpu'),
     desc: str = 'scoring',
 ) -> Score:
-    """Accuracy on a folder of images, with timm's loader and a progress bar on stderr.
+    """Accuracy on images, with timm's loader and a progress bar on stderr.
 
     Args:
         model: Images (B, C, height, width) to logits (B, num_classes).
+        images: An `ImageFolder`, or another data set with `label_names` whose transform timm's loader may set.
         data_config: Input size, mean, std, interpolation and crop, as `timm.data.resolve_data_config` gives them.
         desc: Label of the progress bar.
 
     Raises:
-        UserError: An image can't be read, or the outputs are not finite or not one for each class.
+        UserError: An image can't be read, or the outputs are not finite.
     """
     loader = create_loader(
         images, **data_config, batch_size=batch_size, num_workers=workers, use_prefetcher=False, device=device
     )
-    return score_loader(model, loader, images.label_names, device, desc)
-
-
-def score_loader(
-    model: torch.nn.Module,
-    loader: DataLoader,
-    label_names: List[str],
-    device: torch.device = torch.device('cpu'),
-    desc: str = 'scoring',
-) -> Score:
-    """As `score`, on the batches (images, labels) of a loader."""
-    top1, top5 = AverageMeter(), AverageMeter()
+    evaluator = ClassificationEvaluator(device)
     model.to(device).eval()
     try:
         # closed in any case, so that an error starts on a line of its own
         with torch.inference_mode(), tqdm(loader, desc=desc, unit='batch') as batches:
             for batch, labels in batches:
                 logits = model(batch.to(device))
-                if logits.shape != (len(batch), len(label_names)):
-                    raise UserError(
-                        f'{desc}: the network gives {tuple(logits.shape[1:])} outputs an image for {len(label_names)} '
-                        'classes; give the data that it was trained on'
-                    )
                 check_finite(logits, desc)
-                acc1, acc5 = accuracy(logits, labels.to(device), topk=(1, 5))
-                top1.update(acc1.item(), len(batch))
-                top5.update(acc5.item(), len(batch))
+                evaluator.update(logits, labels.to(device))
     except UserError as error:
         # one of a worker process arrives with its traceback for a message
         raise UserError(str(error).rpartition(f'{UserError.__name__}: ')[2].strip()) from error
     model.cpu()
-    return Score(round(top1.avg, 3), round(top5.avg, 3), top1.count, label_names)
+    metrics = evaluator.compute()
+    return Score(round(metrics['top1'], 3), round(metrics['top5'], 3), evaluator.num_samples, images.label_names)

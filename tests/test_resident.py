@@ -1,0 +1,353 @@
+"""The engine of `reproduce`, held against plain SGD, timm's functions, and timm's train.py (see test_recipes.py)."""
+
+import functools
+import math
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image, ImageOps
+from test_recipes import load_script, parsers, train_script  # noqa: F401, fixtures
+from timm.data import create_dataset, create_loader
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask
+
+from timm_regnet_reg.__main__ import main
+from timm_regnet_reg.errors import UserError
+from timm_regnet_reg.papers import resident
+from timm_regnet_reg.papers.resident import Images, Network
+from timm_regnet_reg.papers.results import ROWS, Run
+
+RECIPES = Path(__file__).resolve().parents[1] / 'train_recipes'
+PLAIN, LSTM = ROWS[0], ROWS[3]
+MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+
+
+def load(name):
+    return yaml.safe_load((RECIPES / f'{name}.yaml').read_text())
+
+
+def create_images(train=44, test=20):
+    random = np.random.default_rng(0)
+    arrays = []
+    for number, size in (train, 40), (test, 32):
+        arrays += [random.integers(0, 256, (number, size, size, 3), np.uint8), np.arange(number) % 10]
+    return Images(*map(torch.from_numpy, arrays))
+
+
+def create_run(row=PLAIN, seed=3, **recipe):
+    recipe = {**load('cifar10'), 'batch_size': 16, 'epochs': 3, 'decay_milestones': [1, 2], **recipe}
+    return Run(row, 'cifar10', 'papers', seed, 'resident', recipe, {'train': 44, 'validation': 20})
+
+
+def weights(network):
+    return {**network.model.state_dict(), **{f'{name} momentum': m for name, m in network._momenta().items()}}
+
+
+def assert_equal(network, other):
+    ours, theirs = weights(network), weights(other)
+    assert ours.keys() == theirs.keys() and network.losses.equal(other.losses)
+    assert [key for key in ours if not ours[key].equal(theirs[key])] == []
+
+
+def batch(network, update):
+    """What an update sees, put together as its description says: normalised windows (B, 3, 32, 32), and classes."""
+    update %= network.updates_per_epoch
+    views = []
+    for index, top, left, flip in zip(*(x[update] for x in (network.order, network.top, network.left, network.flip))):
+        window = network.images.train[index, top : top + 32, left : left + 32]
+        views.append((window.flip(1) if flip else window) / 255)
+    x = (torch.stack(views) - MEAN) / STD
+    return x.permute(0, 3, 1, 2), network.images.train_labels[network.order[update]]
+
+
+def cosine(update, epochs):
+    """timm's: warm-up from 0.01 in the first epoch, and cosine from 0.1 to 0 over all epochs."""
+    if update < 390:
+        return 0.01 + 0.09 * update / 390
+    return 0.05 * (1 + math.cos(math.pi * update / (390 * epochs)))
+
+
+@pytest.mark.parametrize(
+    'name, epochs, rate',
+    [
+        # timm's steps come an update early
+        ('cifar10', 164, lambda update: 0.1 if update < 82 * 390 - 1 else 0.01 if update < 123 * 390 - 1 else 0.001),
+        ('cifar10_short', 30, functools.partial(cosine, epochs=30)),
+        ('cifar10_strong', 200, functools.partial(cosine, epochs=200)),
+    ],
+)
+def test_learning_rate_of_every_update_is_the_recipes(name, epochs, rate):
+    rates = resident.learning_rates(load(name), 390)
+    assert rates == pytest.approx([rate(update) for update in range(390 * epochs)], abs=1e-9)
+
+
+@pytest.mark.parametrize('row', [PLAIN, LSTM], ids=str)
+@pytest.mark.parametrize('name', ['cifar10', 'cifar10_short'])
+def test_an_epoch_gives_the_weights_and_rates_of_train_py(name, row, train_script, tmp_path):  # noqa: F811
+    """timm's own loop on the same batches: two in the first epoch, two in the second, with another learning rate."""
+    train_py = load_script(train_script)
+    run = create_run(row, **{**load(name), 'batch_size': 16, 'epochs': 3, 'decay_milestones': [1, 2]})
+    network = Network(run, create_images(), tmp_path, compiled=False)
+    args = train_py.parser.parse_args([])
+    vars(args).update(run.recipe, lr=0.1 * 16 / 128, prefetcher=True, distributed=False, rank=0)
+    timm.utils.random_seed(3)
+    model = timm.create_model(row.model).to(memory_format=torch.channels_last)
+    optimizer = create_optimizer_v2(model, **timm.optim.optimizer_kwargs(args), **args.opt_kwargs)
+    scheduler, _ = timm.scheduler.create_scheduler_v2(
+        optimizer, **timm.scheduler.scheduler_kwargs(args), updates_per_epoch=network.updates_per_epoch
+    )
+    task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
+    rates = []
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]['lr']))
+    for epoch in range(2):
+        network.step()
+        batches = [batch(network, update) for update in range(network.updates_per_epoch)]
+        for _ in batches[1:]:
+            network.step()
+        figures = train_py.train_one_epoch(
+            epoch, model, batches, optimizer, args, task=task, device=torch.device('cpu'), lr_scheduler=scheduler
+        )
+        assert network.loss() == pytest.approx(figures['loss'], rel=1e-5)
+    assert network.rates[:4].tolist() == pytest.approx(rates)
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(network.model.state_dict()[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('row', [PLAIN, LSTM], ids=str)
+@pytest.mark.parametrize('nesterov, decay', [(False, 1e-4), (True, 5e-4)])
+def test_three_updates_give_the_weights_of_plain_sgd(nesterov, decay, row, tmp_path):
+    run = create_run(row, opt='sgd' if nesterov else 'momentum', weight_decay=decay, decay_milestones=[2])
+    network = Network(run, create_images(48), tmp_path, compiled=False)
+    torch.manual_seed(3)
+    model = timm.create_model(row.model).train()
+    velocity = {}
+    for update in range(3):
+        network.step()
+        x, y = batch(network, update)
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        for p, gradient in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
+            with torch.no_grad():
+                gradient = gradient + decay * p
+                velocity[p] = 0.9 * velocity[p] + gradient if p in velocity else gradient
+                p -= 0.1 * 16 / 128 * (gradient + 0.9 * velocity[p] if nesterov else velocity[p])
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(network.model.state_dict()[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_views_are_all_windows_of_the_padded_image_and_their_mirror_images_bit_for_bit():
+    """He et al., section 4.2; that train.py's crop gives the same windows is in test_recipes.py."""
+    pixels = create_images(1).train
+    picture = Image.fromarray(pixels[0].numpy())
+    places = [(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)]
+    found = resident.views(pixels.expand(len(places), -1, -1, -1), *map(torch.tensor, zip(*places)))
+    for view, (top, left, flip) in zip(found, places):
+        window = picture.crop((left, top, left + 32, top + 32))
+        assert np.array_equal(view, ImageOps.mirror(window) if flip else window)
+
+
+def test_an_epoch_sees_every_image_at_most_once_and_all_windows_are_drawn(tmp_path):
+    network = Network(create_run(batch_size=100), create_images(2050), tmp_path, compiled=False)
+    network.draw_views()
+    assert len(network.order.unique()) == 2000
+    drawn = set(zip(network.top.flatten().tolist(), network.left.flatten().tolist()))
+    assert len(drawn) == 81 and 0.4 < network.flip.float().mean() < 0.6
+    first = network.order.clone()
+    network.done = network.updates_per_epoch
+    network.draw_views()
+    assert not network.order.equal(first)
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_top1_is_that_of_timms_loader_on_the_same_folder(name, tmp_path):
+    classes = int(name.removeprefix('cifar'))
+    write_folder(tmp_path, train=2, test=2, classes=classes)
+    recipe = {**load(name), 'batch_size': 16}
+    run = Run(PLAIN, name, 'papers', 0, 'resident', recipe, {'train': 2 * classes, 'validation': 2 * classes})
+    (tmp_path / 'run').mkdir()
+    network = Network(
+        run, resident.read_images(str(tmp_path), classes, torch.device('cpu')), tmp_path / 'run', compiled=False
+    )
+    outputs, targets = [], []
+    torch.nn.init.normal_(network.model.fc.weight)
+    config = timm.data.resolve_data_config(recipe, model=network.model)
+    data = create_dataset('', root=str(tmp_path), split='validation')
+    loader = create_loader(
+        data, (3, 32, 32), 7, mean=config['mean'], std=config['std'], num_workers=0, crop_pct=1.0,
+        use_prefetcher=True, device=torch.device('cpu'),
+    )  # fmt: skip
+    network.model.eval()
+    with torch.no_grad():
+        for x, y in loader:
+            outputs.append(network.model(x))
+            targets.append(y)
+    expected = (torch.cat(outputs).argmax(1) == torch.cat(targets)).float().mean().item() * 100
+    assert network.result()['top1'] == pytest.approx(expected, abs=1e-3)
+
+
+def write_folder(path, train=2, test=1, classes=10):
+    random = np.random.default_rng(0)
+    for split, size, number in ('train', 40, train), ('validation', 32, test):
+        for label in range(classes):
+            folder = path / split / f'class{label}'
+            folder.mkdir(parents=True)
+            for index in range(number):
+                Image.fromarray(random.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f'{index}.png')
+
+
+def finish(run, folder, **kwargs):
+    [(_, outcome)] = resident.train({run: folder}, create_images(), {'torch': '2'}, **kwargs)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+@pytest.mark.parametrize('stopped', ['in time', 'killed'])
+def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(stopped, tmp_path, monkeypatch):
+    run = create_run(LSTM)
+    whole = finish(run, tmp_path / 'whole')
+    if stopped == 'in time':
+        assert list(resident.train({run: tmp_path / 'halves'}, create_images(), {'torch': '1'}, stop=0)) == []
+    else:
+        monkeypatch.setattr(resident, 'SAVE_SECONDS', 0)
+        step = Network.step
+
+        def killed(network):
+            if network.done == 3:
+                raise KeyboardInterrupt
+            step(network)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Network, 'step', killed)
+            finish(run, tmp_path / 'halves')
+    half = Network(run, create_images(), tmp_path / 'halves', compiled=False)
+    assert half.done == (1 if stopped == 'in time' else 3)
+    halves = finish(run, tmp_path / 'halves')
+    assert {**halves, 'seconds': 0} == {**whole, 'seconds': 0, 'torch': halves['torch']}
+    assert halves['torch'] == ('1 and 2' if stopped == 'in time' else '2')
+    assert_equal(*(Network(run, create_images(), tmp_path / name, False) for name in ('whole', 'halves')))
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_0_2_with_the_same_updates(tmp_path):
+    """Whose fusions had one kernel for X and H, and a momentum for it."""
+    run = create_run(LSTM)
+    network = Network(run, create_images(), tmp_path, compiled=False)
+    network.step()
+    network.save({'timm_regnet_reg': '0.3'})
+    checkpoint = torch.load(network.path, weights_only=False)
+    for tensors in checkpoint['state_dict'], checkpoint['momenta']:
+        for key in [key for key in tensors if key.endswith('fusion_conv_x.weight')]:
+            halves = tensors.pop(key), tensors.pop(key.replace('_x.', '_h.'))
+            tensors[key.replace('_x.', '.')] = torch.cat(halves, 1)
+    torch.save(checkpoint, network.path)
+    again = Network(run, create_images(), tmp_path, compiled=False)
+    network.step()
+    again.step()
+    assert_equal(network, again)
+
+
+@pytest.mark.parametrize('damage, message', [('names', 'does not fit'), ('bytes', 'cannot be read')])
+def test_a_checkpoint_that_does_not_fit_is_told_and_kept(damage, message, tmp_path):
+    run = create_run()
+    network = Network(run, create_images(), tmp_path, compiled=False)
+    network.save({'timm_regnet_reg': '0.3'})
+    if damage == 'bytes':
+        network.path.write_bytes(network.path.read_bytes()[:5000])
+    content = network.path.read_bytes()
+    with pytest.raises(UserError, match=message):
+        Network(create_run(LSTM) if damage == 'names' else run, create_images(), tmp_path, compiled=False)
+    assert network.path.read_bytes() == content
+
+
+def test_a_network_that_diverges_or_cannot_be_saved_does_not_end_the_others(tmp_path):
+    runs = create_run(lr_base=1e30), create_run(LSTM), create_run(seed=4), create_run(seed=5)
+    folders = {run: tmp_path / str(index) for index, run in enumerate(runs)}
+    (tmp_path / '3').write_text('a file where a folder should be')
+    outcomes = dict(resident.train(folders, create_images(), {}))
+    assert 'diverged' in str(outcomes[runs[0]]) and isinstance(outcomes[runs[3]], (UserError, OSError))
+    assert {*outcomes[runs[1]]} == {'top1', 'top5', 'train_loss', 'seconds'} and 'top1' in outcomes[runs[2]]
+
+
+@pytest.mark.parametrize('amp', [False, True])
+def test_a_compiled_function_serves_all_seeds(amp, tmp_path, monkeypatch):
+    """Traced by torch.compile, without a compiler behind it: that takes minutes."""
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    runs = [create_run(LSTM, seed, amp=amp, amp_dtype='bfloat16') for seed in (0, 1)]
+    first = Network(runs[0], create_images(), tmp_path / '0', compiled=True)
+    second = Network(runs[1], create_images(), tmp_path / '1', compiled=True, like=first)
+    plain = Network(runs[1], create_images(), tmp_path / '2', compiled=False)
+    for network in (first, second, plain):
+        network.step()
+    assert second.loss() == pytest.approx(plain.loss(), rel=1e-2 if amp else 1e-5) and first.loss() != second.loss()
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(mixup=0.2), 'mixup: 0.2'),
+        (dict(opt='adamw'), 'opt: adamw'),
+        (dict(smoothing=0.1), 'smoothing: 0.1'),
+        (dict(smoothing=None), 'no smoothing'),
+        (dict(sched='step'), 'sched: step'),
+        (dict(decay_milestones=None), 'no decay_milestones'),
+        (dict(amp=True, amp_dtype='float16'), 'amp_dtype: float16'),
+    ],
+)
+def test_a_recipe_that_the_engine_does_not_follow_is_refused_by_name(change, message):
+    recipe = {key: value for key, value in {**load('cifar10'), **change}.items() if value is not None}
+    with pytest.raises(UserError, match=message):
+        resident.check_recipe(recipe)
+
+
+def test_images_are_those_of_the_folder_in_the_order_of_its_classes(tmp_path):
+    write_folder(tmp_path)
+    images = resident.read_images(str(tmp_path), 10, torch.device('cpu'))
+    assert images.train.shape == (20, 40, 40, 3) and images.test_labels.tolist() == [*range(10)]
+    assert np.array_equal(images.train[3], Image.open(tmp_path / 'train' / 'class1' / '1.png'))
+    Image.new('RGB', (32, 32)).save(tmp_path / 'train' / 'class9' / '1.png')
+    with pytest.raises(UserError, match='1.png: is 32x32, expected 40x40'):
+        resident.read_images(str(tmp_path), 10, torch.device('cpu'))
+    (tmp_path / 'validation' / 'class9' / '0.png').write_bytes(b'')
+    (tmp_path / 'train' / 'class9' / '1.png').unlink()
+    with pytest.raises(UserError, match='0.png: cannot be read'):
+        resident.read_images(str(tmp_path), 10, torch.device('cpu'))
+
+
+def test_package_makes_a_folder_of_a_finished_run(tmp_path):
+    write_folder(tmp_path / 'data')
+    run = create_run(LSTM)
+    finish(run, tmp_path)
+    command = ['package', str(tmp_path / 'last.pth.tar'), '--model', LSTM.model, '--tag', 'tiny', '--workers', '0']
+    command += ['--data-dir', str(tmp_path / 'data'), '--data-name', 'noise', '--output', str(tmp_path / 'out')]
+    assert main([*command, '--recipe', str(RECIPES / 'cifar10.yaml')]) == 0
+    card = (tmp_path / 'out' / f'{LSTM.model}.tiny' / 'README.md').read_text()
+    assert '3 of 3' in card and 'Seed' in card
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device for the graphs')
+def test_a_gpu_goes_on_with_what_a_cpu_began_and_gives_its_weights(tmp_path):
+    images, run = create_images(), create_run(LSTM)
+    cpu = Network(run, images, tmp_path, compiled=False)
+    cpu.step()
+    cpu.save({'device': 'cpu'})
+    gpu = Network(run, Images(*(tensor.cuda() for tensor in images)), tmp_path, compiled=False)
+    for _ in range(2):
+        cpu.step()
+        gpu.step()
+    torch.cuda.synchronize()
+    for key, tensor in cpu.model.state_dict().items():
+        torch.testing.assert_close(gpu.model.state_dict()[key].cpu(), tensor, rtol=1e-3, atol=1e-3)
+
+
+def test_networks_at_once_end_as_they_do_alone(tmp_path):
+    runs = [create_run(seed=0), create_run(seed=1)]
+    together = dict(resident.train({run: tmp_path / str(run.seed) for run in runs}, create_images(), {}))
+    for run in runs:
+        finish(run, tmp_path / f'alone{run.seed}')
+        folders = tmp_path / f'alone{run.seed}', tmp_path / str(run.seed)
+        assert_equal(*(Network(run, create_images(), folder, compiled=False) for folder in folders))
+        assert 'top1' in together[run]

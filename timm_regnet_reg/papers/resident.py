@@ -1,0 +1,436 @@
+"""Trains CIFAR networks with all images on the device, several networks at once on a GPU.
+
+A recipe of `train_recipes/` is read as timm's train.py reads it: timm's own functions make the network, the optimizer
+and the schedule of it, and what this engine doesn't do is refused by name. An update is views, forward, backward and
+SGD; on a GPU all of it is one CUDA graph, with a stream for each network. An epoch's order, crops and flips follow from
+the run's seed and the epoch alone, so that a run goes on exactly where it was saved, on another device too.
+"""
+
+import argparse
+import copy
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_data_config
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import accuracy, random_seed
+from torch import Tensor, nn
+
+from ..errors import UserError, reason
+from ..weights.files import replacing
+from ..weights.scoring import read_image
+from .cifar import SIZES
+from .results import Row, Run
+
+__all__ = ['Images', 'Network', 'check_recipe', 'find_images', 'learning_rates', 'read_images', 'train', 'views']
+
+SAVE_SECONDS = 30
+
+# what may be the matter with one network; others go on
+TROUBLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
+
+# what the engine goes by of a recipe: keys that must be there, keys that may be (the last two mean nothing here), and
+# values, where it does no others
+NEEDED = {'batch_size', 'lr_base', 'lr_base_size', 'momentum', 'weight_decay', 'epochs', 'hflip'}
+OPTIONAL = {
+    *('opt_kwargs', 'sched_on_updates', 'decay_milestones', 'decay_rate', 'min_lr', 'warmup_epochs', 'warmup_lr'),
+    *('warmup_prefix', 'num_classes', 'mean', 'std', 'amp', 'amp_dtype', 'device_modules', 'train_interpolation'),
+}
+VALUES: Dict[str, List[Any]] = {
+    'opt': ['sgd', 'momentum', 'nesterov'],
+    'sched': ['multistep', 'cosine'],
+    'channels_last': [True],
+    'scale': [[0.64, 0.64]],  # windows of 32x32 of 40x40
+    'ratio': [[1.0, 1.0]],
+    'color_jitter': [0.0],
+    'smoothing': [0.0],
+}
+
+
+def check_recipe(recipe: Dict[str, Any]) -> None:
+    """Raises a UserError that names what this engine can't do of a recipe."""
+    needed = {*NEEDED, *VALUES, *(['decay_milestones'] if recipe.get('sched') == 'multistep' else [])}
+    values = {**VALUES, 'amp_dtype': ['bfloat16']}
+    wrong = [key for key in recipe if key not in needed | OPTIONAL or recipe[key] not in values.get(key, [recipe[key]])]
+    wrong = [f'{key}: {recipe[key]}' for key in wrong] + [f'no {key}' for key in sorted(needed - recipe.keys())]
+    if wrong:
+        raise UserError(f"the recipe has {', '.join(wrong)}; that needs timm's train.py: give TRAIN_PY, too")
+
+
+def _options(recipe: Dict[str, Any]) -> argparse.Namespace:
+    """The recipe as timm's functions want it, with the learning rate that train.py makes of it."""
+    return argparse.Namespace(lr=recipe['lr_base'] * recipe['batch_size'] / recipe['lr_base_size'], **recipe)
+
+
+def create_optimizer(model: nn.Module, recipe: Dict[str, Any], **kwargs: Any) -> torch.optim.Optimizer:
+    return create_optimizer_v2(model, **optimizer_kwargs(_options(recipe)), **recipe.get('opt_kwargs', {}), **kwargs)
+
+
+def learning_rates(recipe: Dict[str, Any], updates_per_epoch: int) -> List[float]:
+    """The learning rate of every update of a training."""
+    optimizer = create_optimizer(nn.Linear(1, 1), recipe)
+    options = scheduler_kwargs(_options(recipe))
+    scheduler, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
+    rates = []
+    for epoch in range(epochs):
+        for update in range(epoch * updates_per_epoch, (epoch + 1) * updates_per_epoch):
+            rates.append(optimizer.param_groups[0]['lr'])
+            scheduler.step_update(update + 1)
+        scheduler.step(epoch + 1)
+    return rates
+
+
+class Images(NamedTuple):
+    """uint8 images (n, size, size, 3) and classes (n,): training images of 40x40, test images of 32x32."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+
+def _read_image(path: str, size: int) -> np.ndarray:
+    pixels = np.asarray(read_image(path, upright=False))
+    if pixels.shape != (size, size, 3):
+        height, width, _ = pixels.shape
+        raise UserError(
+            f'{path}: is {width}x{height}, expected {size}x{size}; write the folder with `regnet-reg cifar`'
+        )
+    return pixels
+
+
+def find_images(folder: str, split: str, classes: int) -> List[Tuple[str, int]]:
+    """Paths and classes of the images of a split, in timm's order.
+
+    Raises:
+        UserError: There aren't as many classes, or the first image is damaged or of another size.
+    """
+    root = str(Path(folder, split))
+    samples, found = find_images_and_targets(root)
+    if len(found) != classes:
+        raise UserError(f'{root}: holds images of {len(found)} classes, not {classes}: write it by `regnet-reg cifar`')
+    _read_image(samples[0][0], SIZES[split])
+    return samples
+
+
+def read_images(folder: str, classes: int, device: torch.device) -> Images:
+    """All images of a folder that `regnet-reg cifar` wrote.
+
+    Raises:
+        UserError: An image is damaged or of another size, or there aren't as many classes.
+    """
+    tensors = []
+    with ThreadPoolExecutor() as pool:
+        for split, size in SIZES.items():
+            paths, labels = zip(*find_images(folder, split, classes))
+            pixels = np.stack([*pool.map(_read_image, paths, [size] * len(paths))])
+            tensors += [torch.from_numpy(pixels), torch.tensor(labels)]
+    return Images(*(tensor.to(device) for tensor in tensors))
+
+
+def views(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    """The papers' crop and flip.
+
+    Args:
+        images: (B, 40, 40, 3).
+        top: (B,), the window's first row, 0 to 8.
+        left: (B,), its first column.
+        flip: (B,), whether it is mirrored.
+
+    Returns:
+        (B, 32, 32, 3), of the images' type.
+    """
+    place = torch.arange(32, device=images.device)
+    rows = top[:, None] + place
+    columns = left[:, None] + torch.where(flip[:, None], 31 - place, place)
+    batch = torch.arange(len(images), device=images.device)
+    return images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _loss_function(template: nn.Module, mean: Tensor, std: Tensor, amp: bool) -> Callable[..., Tensor]:
+    """The loss of a batch by tensors: one function, and one compilation, for all networks of a kind."""
+    names = [name for name, _ in (*template.named_parameters(), *template.named_buffers())]
+
+    def loss(tensors, images, labels, top, left, flip):
+        x = ((views(images, top, left, flip).float() - mean) / std).permute(0, 3, 1, 2)  # channels_last
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            return F.cross_entropy(torch.func.functional_call(template, dict(zip(names, tensors)), (x,)), labels)
+
+    return loss
+
+
+class Network:
+    """A run in training: its network, optimizer and data, all on the images' device.
+
+    Args:
+        run: The run.
+        images: What it is trained and tested on.
+        folder: Of its checkpoint. If there is one, the run goes on from it.
+        compiled: Compile forward and backward: minutes at the start, less time for each update.
+        like: A network of the same kind, whose compiled function serves this one, too.
+
+    Raises:
+        UserError: The checkpoint can't be loaded.
+    """
+
+    def __init__(self, run: Run, images: Images, folder: Path, compiled: bool, like: Optional['Network'] = None):
+        self.run, self.images, self.recipe = run, images, run.recipe
+        self.path = folder / 'last.pth.tar'  # the name, and the format, of train.py's
+        self.device = images.train.device
+        self.updates_per_epoch = len(images.train) // self.recipe['batch_size']  # train.py's loader drops the rest, too
+        if self.updates_per_epoch == 0:
+            raise UserError(f'{len(images.train)} training images are fewer than the batch size of the recipe')
+        rates = learning_rates(self.recipe, self.updates_per_epoch)
+        self.total, self.done, self.seconds = len(rates), 0, 0.0
+        self.versions: Dict[str, List[str]] = {}
+
+        random_seed(run.seed)  # as train.py: a seed gives the same weights by both
+        model = timm.create_model(run.row.model, num_classes=run.classes, **run.row.kwargs)
+        config = resolve_data_config(self.recipe, model=model)
+        self.model = model.to(self.device, memory_format=torch.channels_last).train()
+        self.mean, self.std = (255 * torch.tensor(config[key], device=self.device) for key in ('mean', 'std'))
+        self.amp = bool(self.recipe.get('amp'))
+        if like is None:
+            self.loss_function = _loss_function(self.model, self.mean, self.std, self.amp)
+            if compiled:
+                self.loss_function = torch.compile(self.loss_function, fullgraph=True)
+        else:
+            self.loss_function = like.loss_function
+
+        self.parameters = list(self.model.parameters())
+        self.optimizer = create_optimizer(self.model, self.recipe, fused=True)
+        for parameter in self.parameters:  # as if a gradient of 0 had come before the first one
+            self.optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+        self.rate = torch.tensor(rates[0], device=self.device)
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.rate  # fused, SGD reads it on the device
+        self.rates = torch.tensor(rates, device=self.device)
+        self.losses = torch.zeros(self.total // self.updates_per_epoch, device=self.device)  # sums over the updates
+        self.update = torch.zeros(1, dtype=torch.long, device=self.device)  # `done`, for the device
+        shape = self.updates_per_epoch, self.recipe['batch_size']
+        self.order, self.top, self.left = torch.zeros(3, *shape, dtype=torch.long, device=self.device)
+        self.flip = torch.zeros(shape, dtype=torch.bool, device=self.device)
+
+        state = copy.deepcopy(self._state())
+        if self.device.type == 'cuda':
+            self._capture()
+        if self.path.exists():
+            state = self._read()
+        self._restore(state)
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()  # before the network's own stream goes on with it
+
+    def _momenta(self) -> Dict[str, Tensor]:
+        state = self.optimizer.state
+        return {name: state[parameter]['momentum_buffer'] for name, parameter in self.model.named_parameters()}
+
+    def _state(self) -> Dict[str, Any]:
+        return {
+            'state_dict': self.model.state_dict(),
+            'momenta': self._momenta(),
+            'losses': self.losses,
+            'update': self.done,
+            'seconds': self.seconds,
+            'versions': self.versions,
+        }
+
+    def _restore(self, state: Dict[str, Any]) -> None:
+        # momenta pass through the network's load hooks as weights do, and then have the names of today
+        moved = copy.deepcopy(self.model)
+        try:
+            moved.load_state_dict({**state['state_dict'], **state['momenta']})
+            self.model.load_state_dict(state['state_dict'])
+        except RuntimeError as error:
+            raise UserError(
+                f'{self.path}: does not fit {self.run.row.model} of this version ({reason(error)}); go on with the '
+                f'version that began it ({state["versions"]}), or remove the file to start over'
+            ) from error
+        with torch.no_grad():
+            for name, momentum in self._momenta().items():
+                momentum.copy_(moved.get_parameter(name))
+        self.losses.copy_(state['losses'])
+        self.done, self.seconds, self.versions = state['update'], state['seconds'], state['versions']
+        self.update.fill_(self.done)
+        if self.done % self.updates_per_epoch:
+            self.draw_views()
+
+    def _read(self) -> Dict[str, Any]:
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(self.path, map_location='cpu', weights_only=True)
+        except Exception as error:  # whatever torch stumbles over in a damaged file
+            raise UserError(
+                f'{self.path}: cannot be read ({reason(error)}); restore it, or remove it to start over'
+            ) from error
+
+    def _capture(self) -> None:
+        torch.backends.cudnn.benchmark = True
+        self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self._step()
+        torch.cuda.synchronize()
+
+    def _step(self) -> None:
+        position = self.update % self.updates_per_epoch
+        chosen, *view = (x.index_select(0, position)[0] for x in (self.order, self.top, self.left, self.flip))
+        tensors = [*self.parameters, *self.model.buffers()]
+        loss = self.loss_function(tensors, self.images.train[chosen], self.images.train_labels[chosen], *view)
+        for parameter, gradient in zip(self.parameters, torch.autograd.grad(loss, self.parameters)):
+            parameter.grad = gradient
+        self.rate.copy_(self.rates.index_select(0, self.update)[0])
+        self.optimizer.step()
+        self.losses.index_add_(0, self.update // self.updates_per_epoch, loss.detach()[None])
+        self.update += 1
+
+    def draw_views(self) -> None:
+        """Draws the order, crops and flips of the epoch that the next update is in."""
+        random, shape = np.random.default_rng([self.run.seed, self.done // self.updates_per_epoch]), self.order.shape
+        order = random.permutation(len(self.images.train))[: self.order.numel()]
+        self.order.copy_(torch.from_numpy(order.reshape(shape)))
+        self.top.copy_(torch.from_numpy(random.integers(0, 9, shape)))
+        self.left.copy_(torch.from_numpy(random.integers(0, 9, shape)))
+        self.flip.copy_(torch.from_numpy(random.random(shape) < self.recipe['hflip']))
+
+    def step(self) -> None:
+        """An update; on a GPU it may still be running afterwards."""
+        with torch.cuda.stream(self.stream if self.device.type == 'cuda' else None):
+            if self.done % self.updates_per_epoch == 0:
+                self.draw_views()
+            if self.device.type == 'cuda':
+                self.graph.replay()
+            else:
+                self._step()
+        self.done += 1
+
+    def loss(self) -> float:
+        """Mean over the updates of the epoch that the last update was in."""
+        epoch, position = divmod(max(self.done - 1, 0), self.updates_per_epoch)
+        return self.losses[epoch].item() / (position + 1)
+
+    def save(self, versions: Dict[str, str]) -> None:
+        """Write the checkpoint: train.py's, with what this engine needs beside it.
+
+        Args:
+            versions: Of what it is trained with.
+
+        Raises:
+            UserError: The training has diverged, or nothing can be written.
+        """
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        if not math.isfinite(loss := self.loss()):
+            raise UserError(
+                f'the training diverged (loss {loss} after {self.done} updates) and makes no row; see '
+                f'{self.path.parent}, and remove it to start over'
+            )
+        for key, version in versions.items():
+            self.versions[key] = list(dict.fromkeys([*self.versions.get(key, []), version]))
+        row = self.run.row
+        more = {'model': row.model, 'model_kwargs': row.kwargs, 'seed': self.run.seed, 'num_classes': self.run.classes}
+        with replacing(self.path) as new:
+            torch.save(
+                {
+                    **self._state(),
+                    'epoch': self.done // self.updates_per_epoch - 1,  # the last complete one, counted from 0
+                    'arch': row.model,
+                    'args': argparse.Namespace(**{**vars(_options(self.recipe)), **more}),
+                },
+                new,
+            )
+
+    @torch.no_grad()
+    def result(self) -> Dict[str, Any]:
+        """Columns of the run's row: what is measured, on all test images in the precision of the training."""
+        self.model.eval()
+        outputs = []
+        for batch in self.images.test.split(500):
+            x = ((batch.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                outputs.append(self.model(x).float())
+        self.model.train()
+        top1, top5 = accuracy(torch.cat(outputs), self.images.test_labels, (1, 5))
+        return {
+            'top1': round(top1.item(), 3),
+            'top5': round(top5.item(), 3),
+            'train_loss': round(self.loss(), 5),
+            'seconds': round(self.seconds),
+            **{key: ' and '.join(versions) for key, versions in self.versions.items()},
+        }
+
+
+def train(
+    runs: Dict[Run, Path],
+    images: Images,
+    versions: Dict[str, str],
+    stop: float = math.inf,
+    compiled: bool = False,
+) -> Iterator[Tuple[Run, Union[Dict[str, Any], Exception]]]:
+    """Trains runs at once until `time.monotonic()` is `stop`, and saves each at least once a minute.
+
+    Args:
+        runs: What to train, and the folders of the checkpoints.
+        images: What to train and test on.
+        versions: Of what they are trained with.
+        stop: When to save and end.
+        compiled: Compile forward and backward.
+
+    Yields:
+        Every run that is through, with columns of its row, or what went wrong with it.
+    """
+    networks: List[Network] = []
+    kinds: Dict[Row, Network] = {}
+    for run, folder in runs.items():
+        try:
+            network = Network(run, images, folder, compiled, kinds.get(run.row))
+        except TROUBLE as error:
+            yield run, error
+            continue
+        kinds.setdefault(run.row, network)
+        networks.append(network)
+        print(f'{run}: {f"goes on after update {network.done}" if network.done else "starts"}', flush=True)
+    saved, updates = time.monotonic(), 0
+    while networks:
+        for network in networks:
+            if network.done < network.total:
+                network.step()
+                updates += 1
+        now = time.monotonic()
+        if now < min(stop, saved + SAVE_SECONDS) and all(network.done < network.total for network in networks):
+            continue
+        for network in [*networks]:
+            try:
+                network.seconds += now - saved
+                network.save(versions)
+                if network.done == network.total:
+                    networks.remove(network)
+                    yield network.run, network.result()
+            except TROUBLE as error:
+                networks.remove(network)
+                yield network.run, error
+        if networks:
+            parts = [
+                f'{network.run}: epoch {network.done / network.updates_per_epoch:.1f} of {len(network.losses)}, '
+                f'loss {network.loss():.4f}'
+                for network in networks
+            ]
+            pace = updates / (time.monotonic() - saved)
+            minutes = sum(network.total - network.done for network in networks) / pace / 60
+            parts.append(f'{pace * networks[0].recipe["batch_size"]:.0f} images/s')
+            print('; '.join(parts), f'{minutes // 60:.0f} h {minutes % 60:.0f} min left', sep=', ', flush=True)
+        saved, updates = time.monotonic(), 0
+        if now >= stop:
+            return
