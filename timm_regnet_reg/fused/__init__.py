@@ -59,7 +59,7 @@ def fuses(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor],
         and X.device.type == DEVICE
         and 0 < X.numel() < LARGEST
         and all(t is None or t.dtype in TYPES for t in (X, H, C))
-        and all(t.dtype == step_type(X) for t in W)
+        and all(t.dtype == step_type(X) for t in W[:3])
     )
 
 
@@ -70,7 +70,7 @@ def fused_step(
     from .operators import FusedStep
 
     dtype = step_type(X)
-    return FusedStep.apply(cell, *(None if t is None else t.to(dtype) for t in (X, H, C)), *W)
+    return FusedStep.apply(cell, *(None if t is None else t.to(dtype) for t in (X, H, C)), *W[:3])
 
 
 def convrnn(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]) -> State:

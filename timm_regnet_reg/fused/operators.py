@@ -80,7 +80,7 @@ def step_backward_flops(*args, **kwargs) -> int:
 
 def equation(cell: str, X, H: MaybeTensor, C: MaybeTensor, K_x, K_h, b) -> Tuple[torch.Tensor, ...]:
     """The outputs of the operator `step`, by the cell's equations."""
-    H_new, C_new = getattr(equations, cell)(X, H, C, [K_x, K_h, b])
+    H_new, C_new = getattr(equations, cell)(X, H, C, equations.kernels(K_x, K_h, b))
     return (H_new,) if C_new is None else (H_new, C_new)
 
 
