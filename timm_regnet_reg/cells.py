@@ -10,6 +10,7 @@ import torch.fx
 import torch.nn as nn
 from torch import sigmoid, tanh
 
+from . import fused
 from .equations import Kernels, State, convgru, convlstm, convrnn, kernels
 
 __all__ = ['CELLS', 'ConvGRU', 'ConvLSTM', 'ConvRNN', 'RegulatorCell', 'reparameterize_cell']
@@ -81,19 +82,19 @@ class RegulatorCell(nn.Module):
 class ConvRNN(RegulatorCell):
     __doc__ = convrnn.__doc__
     gates = ('h',)
-    step = staticmethod(convrnn)
+    step = staticmethod(fused.convrnn)
 
 
 class ConvGRU(RegulatorCell):
     __doc__ = convgru.__doc__
     gates = ('z', 'r', 'h')
-    step = staticmethod(convgru)
+    step = staticmethod(fused.convgru)
 
 
 class ConvLSTM(RegulatorCell):
     __doc__ = convlstm.__doc__
     gates = ('i', 'f', 'o', 'g')
-    step = staticmethod(convlstm)
+    step = staticmethod(fused.convlstm)
 
 
 CELLS = {'convrnn': ConvRNN, 'convgru': ConvGRU, 'convlstm': ConvLSTM}
