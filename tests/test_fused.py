@@ -42,7 +42,7 @@ def step_inputs(cell, shape, later, dtype=torch.float32, memory_format=LAST, see
 def outputs_and_gradients(step, inputs):
     """The new H and C, and the gradients of what was given by a fixed random combination of them."""
     X, H, C, *W = inputs
-    outputs = [o for o in step(X, H, C, equations.kernels(*W)) if o is not None]
+    outputs = [o for o in step(X, H, C, equations.kernels(*(K.flatten(0, 1) for K in W), len(W[0]))) if o is not None]
     generator = torch.Generator().manual_seed(1)
     total = sum((o.double() * torch.randn(o.shape, generator=generator).to(o.device)).sum() for o in outputs)
     return outputs + list(torch.autograd.grad(total, [t for t in inputs if t is not None], allow_unused=True))
@@ -274,7 +274,7 @@ def test_fused_steps_have_the_operations_of_the_equations(cell, later):
     X, H, C, *W = inputs
 
     with FlopCounterMode(display=False) as counter:
-        getattr(equations, cell)(X, H, C, equations.kernels(*W))
+        getattr(equations, cell)(X, H, C, equations.kernels(*(K.flatten(0, 1) for K in W), len(W[0])))
         expected = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
         outputs = operators.FusedStep.apply(cell, X, H, C, *W)

@@ -80,7 +80,8 @@ def step_backward_flops(*args, **kwargs) -> int:
 
 def equation(cell: str, X, H: MaybeTensor, C: MaybeTensor, K_x, K_h, b) -> Tuple[torch.Tensor, ...]:
     """The outputs of the operator `step`, by the cell's equations."""
-    H_new, C_new = getattr(equations, cell)(X, H, C, equations.kernels(K_x, K_h, b))
+    W = equations.kernels(K_x.flatten(0, 1), K_h.flatten(0, 1), b.flatten(), GATES[cell])
+    H_new, C_new = getattr(equations, cell)(X, H, C, W)
     return (H_new,) if C_new is None else (H_new, C_new)
 
 
