@@ -49,8 +49,8 @@ class RegulatorCell(nn.Module):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.channels = channels
-        rows = len(self.gates) * channels
+        self.channels, self.num_gates = channels, len(self.gates)
+        rows = self.num_gates * channels
         self.pointwise = nn.Parameter(torch.empty(rows, 2, 1, 1, **dd))
         self.depthwise = nn.Parameter(torch.empty(rows, 1, 3, 3, **dd))
         self.bias = nn.Parameter(torch.empty(rows, **dd))
@@ -76,7 +76,7 @@ class RegulatorCell(nn.Module):
         K_x, K_h, b = self.merged_kernels()
         # cloned, as a view of a parameter says that it requires a gradient even under no_grad, and torch's counter of
         # operations, which meets the kernels as arguments of the blocks, then looks for one
-        return kernels(as_autocast(K_x), as_autocast(K_h), as_autocast(b.clone()), len(self.gates))
+        return kernels(as_autocast(K_x), as_autocast(K_h), as_autocast(b.clone()), self.num_gates)
 
 
 class ConvRNN(RegulatorCell):
@@ -127,7 +127,7 @@ class _Step(nn.Module):
 
     def __init__(self, cell: RegulatorCell) -> None:
         super().__init__()
-        for name, *W in zip(cell.gates, *(K.detach().chunk(len(cell.gates)) for K in cell.merged_kernels())):
+        for name, *W in zip(cell.gates, *(K.detach().chunk(cell.num_gates) for K in cell.merged_kernels())):
             self.add_module(name, _Gate(*W))
 
 
