@@ -177,10 +177,8 @@ def test_top1_is_that_of_timms_loader_on_the_same_folder(name, tmp_path):
     torch.nn.init.normal_(network.model.fc.weight)
     config = timm.data.resolve_data_config(recipe, model=network.model)
     data = create_dataset('', root=str(tmp_path), split='validation')
-    loader = create_loader(
-        data, (3, 32, 32), 7, mean=config['mean'], std=config['std'], num_workers=0, crop_pct=1.0,
-        use_prefetcher=True, device=torch.device('cpu'),
-    )  # fmt: skip
+    options = dict(batch_size=7, num_workers=0, use_prefetcher=True, device=torch.device('cpu'))
+    loader = create_loader(data, **config, **options)
     network.model.eval()
     with torch.no_grad():
         for x, y in loader:

@@ -155,11 +155,6 @@ def _plot(path: Path, results: Dict[str, Similarity]) -> None:
             axes.set_title(f'{Path(name).name}\n{measure}, neighbours {result.neighbours(measure):.3f}', fontsize=10)
             axes.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=8)
             axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
-            axes.spines[:].set_visible(False)
-            for i in range(1, len(blocks)):
-                if _stage(blocks[i]) != _stage(blocks[i - 1]):
-                    axes.axhline(i - 0.5, color='white', linewidth=2)
-                    axes.axvline(i - 0.5, color='white', linewidth=2)
             for i, j in itertools.product(range(len(blocks)), repeat=2):
                 if not math.isnan(values[i][j]):
                     color = 'black' if values[i][j] > 0.6 else 'white'
