@@ -2,12 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from PIL import Image, ImageOps
 from timm.data import ImageDataset, create_loader
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.task.evaluator import ClassificationEvaluator
 from tqdm import tqdm
 
@@ -38,14 +37,13 @@ class Score(NamedTuple):
 def check_device(name: str) -> torch.device:
     """The device of that name; a UserError if the name is none, or the machine has no such device."""
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ('cpu', 'cuda') or (device.type == 'cpu' and device.index):
-        raise UserError(f'--device {name}: expected cpu, cuda or cuda:N')
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f'--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; --device cpu works')
-    return device
+        torch.zeros(1, device=name).item()  # `meta` is a device that computes nothing
+    except Exception as error:  # each backend raises errors of its own
+        told = reason(error).splitlines()[0]
+        raise UserError(
+            f'--device {name}: expected cpu, cuda or cuda:N, as far as torch finds them ({told})'
+        ) from error
+    return torch.device(name)
 
 
 def check_finite(logits: torch.Tensor, source) -> None:
@@ -119,7 +117,7 @@ class ImageFolder(ImageDataset):
             super().__init__(str(root), input_img_mode=image_mode(data_config), transform=transform)
         except RuntimeError as error:
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
-        self.label_names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
+        self.label_names = [*self.reader.class_to_idx]  # in the order of their numbers
         if len(self.label_names) != num_classes:
             raise UserError(
                 f'{root}: holds {len(self.label_names)} classes ({", ".join(self.label_names[:4])}, …), but the model '
@@ -132,18 +130,14 @@ class ImageFolder(ImageDataset):
         return self.transform(image) if self.transform else image, label
 
 
-def check_same_classes(images: ImageFolder, training_root) -> None:
-    """Raises a UserError unless images are of the classes of the training images, if these are there.
-
-    The order of the classes makes the labels.
-    """
-    trained = set(find_images_and_targets(str(training_root), sort=False)[1])
-    found = set(images.label_names)
-    if trained and found != trained:
-        lacks, adds = (', '.join(sorted(names)[:4]) or 'none' for names in (trained - found, found - trained))
+def check_same_classes(images: ImageFolder, expected: Sequence[str], source) -> None:
+    """Raises a UserError unless images are of the classes, if any, that `source` expects, in their order."""
+    if expected and images.label_names != [*expected]:
+        mine, given = {*expected}, {*images.label_names}
+        lacks, adds = (', '.join(sorted(names)[:4]) or 'none' for names in (mine - given, given - mine))
         raise UserError(
-            f'{images.reader.root}: its classes are not those of {training_root} (missing: {lacks}; added: {adds}), so '
-            'labels would be shifted; give the data that the network was trained on'
+            f'{images.reader.root}: its classes, or their order, are not those of {source} (missing: {lacks}; added: '
+            f'{adds}), so labels would be mistaken; give the data that the network was trained on'
         )
 
 
