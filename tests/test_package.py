@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import CLASSES, MODEL, full_disk
+from conftest import CLASSES, MODEL, full_disk, package_command
 from huggingface_hub import ModelCard
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import save_for_hf
@@ -27,19 +27,9 @@ def package(trained, image_folder, tmp_path, capsys):
     """Runs the command; keywords replace arguments. Returns exit code and stderr."""
 
     def run(checkpoint=trained.checkpoint, *flags, **changed):
-        options = {
-            'model': MODEL,
-            'tag': 'tiny',
-            'data_dir': image_folder,
-            'data_name': 'noise',
-            'recipe': trained.recipe,
-            'output': tmp_path / 'out',
-            'workers': 0,
-            **changed,
-        }
-        argv = [text for key, value in options.items() for text in (f'--{key.replace("_", "-")}', str(value))]
+        command = package_command(trained, image_folder, tmp_path / 'out', **changed)
         try:
-            code = main(['package', str(checkpoint), *argv, *flags])
+            code = main([*command, str(checkpoint), *flags])
         except SystemExit as stop:  # argparse's answer to an argument that it can't take
             code = stop.code
         return code, capsys.readouterr().err
@@ -113,21 +103,18 @@ def test_ema_weights_on_request(trained, package, tmp_path):
     assert not torch.equal(loaded(images), trained.model(images))
 
 
-def test_what_the_run_changed_in_its_recipe_stands_in_the_card(trained, package, tmp_path):
+def test_card_tells_what_the_run_changed_in_its_recipe_and_that_it_was_resumed(trained, package, tmp_path):
     (tmp_path / 'recipe.yaml').write_text('epochs: 164\nopt: sgd\n')
-    assert package(recipe=tmp_path / 'recipe.yaml')[0] == 0
-    assert 'recipe.yaml with epochs 3 instead of 164 |' in (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
-
-
-def test_the_card_of_a_resumed_run_says_that_its_seed_is_the_last_parts(trained, package, tmp_path):
     path = changed_checkpoint(trained, tmp_path / 'new.pth.tar', set_args(resume='old.pth.tar'))
-    assert package(path)[0] == 0
-    assert '| Seed | 7 after the last resumption |' in (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
+    assert package(path, recipe=tmp_path / 'recipe.yaml')[0] == 0
+    card = (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
+    assert 'recipe.yaml with epochs 3 instead of 164 |' in card
+    assert '| Seed | 7 after the last resumption |' in card
 
 
 def test_packaging_again_gives_the_same_bytes_and_leaves_nothing_else(packaged, package, tmp_path):
     for _ in range(2):
-        assert package(data_name='12 images of noise')[0] == 0
+        assert package()[0] == 0
         assert os.listdir(tmp_path / 'out') == [f'{MODEL}.tiny']
         assert contents(tmp_path / f'out/{MODEL}.tiny') == contents(packaged)
 
@@ -455,7 +442,7 @@ SPOILED = {
     'truncated': (lambda f: os.truncate(f / 'model.safetensors', 1000), 'SHA-256'),
     'truncated_and_rehashed': (lambda f: rehash(f, (f / 'model.safetensors').read_bytes()[:-9]), 'could not be loaded'),
     'bit_flipped': (lambda f: flip(f / 'model.safetensors', -5), 'SHA-256'),
-    'no_hash': (lambda f: edit_config(f, sha256=None), 'config.json says None'),
+    'no_hash': (lambda f: edit_config(f, sha256=None), 'its SHA-256 is not None'),
     'unknown_architecture': (lambda f: edit_config(f, architecture='resnet_of_mine'), 'resnet_of_mine'),
     'wrong_architecture': (lambda f: edit_config(f, architecture='cifar_resnet20'), 'unexpected'),
     'no_architecture': (lambda f: edit_config(f, architecture=None), 'could not be loaded'),

@@ -61,12 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write `args.dir` from torchvision's data set or the folder `args.source`.
-
-    Raises:
-        UserError: The folder can't be written or isn't empty, the source lacks images or has others than CIFAR's, or
-            the download failed. No image is left of an attempt that failed.
-    """
+    """Writes `args.dir` from torchvision's data set or the folder `args.source`; no image is left of a failure."""
     folder = Path(os.path.realpath(args.dir))
     exists = os.path.isdir(folder)
     if exists and any(not name.startswith('.') for name in os.listdir(folder)):

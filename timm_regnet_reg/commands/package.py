@@ -46,9 +46,8 @@ def read_checkpoint(path: str, use_ema: bool = False) -> Tuple[Dict[str, torch.T
         checkpoint = load_checkpoint_metadata(path)
     except Exception as error:  # torch raises whatever it stumbles over
         raise UserError(
-            f'{path}: cannot be read as a checkpoint of train.py ({reason(error).splitlines()[0]}); it is missing, '
-            'truncated, damaged, of another kind, or holds Python objects, which could run code. Copy it again, or '
-            'take another checkpoint of the same run (last.pth.tar, checkpoint-N.pth.tar)'
+            f'{path}: cannot be read as a checkpoint ({reason(error).splitlines()[0]}); it is missing, damaged, of '
+            'another kind, or holds Python objects, which could run code. Take another checkpoint of the same run'
         ) from error
     try:
         if use_ema and 'state_dict_ema' not in checkpoint:

@@ -95,10 +95,10 @@ model = timm.create_model('local-dir:{name}', pretrained=True)  # on the Hub: 'h
 
 
 def check_replaceable(folder, overwrite: bool = False) -> None:
-    """Checks before the work that `save_folder` can write there; `overwrite` allows for a card edited by hand.
+    """Checks before the work that `save_folder` may write there.
 
     Raises:
-        UserError: The place can't be written, or holds files that are not of this kind, or a card edited by hand.
+        UserError: The place can't be written, or holds other files, or a card edited by hand without `overwrite`.
     """
     check_writable(folder, folder=True)
     if not os.path.isdir(folder):
@@ -108,10 +108,7 @@ def check_replaceable(folder, overwrite: bool = False) -> None:
         raise UserError(f'{folder}: not replaced, for it is more than a model ({", ".join(foreign)}); move it away')
     written = config.read_text(encoding='utf-8') if config.exists() else ''
     if card.exists() and not overwrite and file_sha256(card) not in written:
-        raise UserError(
-            f'{card}: not replaced, for it may have been edited by hand; move {folder} away, or package with '
-            '--overwrite'
-        )
+        raise UserError(f'{card}: not replaced, for it may be edited by hand; move {folder} away, or --overwrite it')
 
 
 def save_folder(
@@ -157,11 +154,7 @@ def save_folder(
 
 
 def check_folder(folder) -> Folder:
-    """Checks a folder as `package` writes it: its files, the hash of the weights, the network in it, and the card.
-
-    Raises:
-        UserError: Names the file at fault and what to do.
-    """
+    """Checks a folder's files, the hash of the weights, card and network; a UserError names what is at fault."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder; expected one that `package` wrote')
@@ -173,14 +166,11 @@ def check_folder(folder) -> Folder:
         config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
         expected = config['sha256']
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f'{folder / CONFIG}: is not a config that `package` wrote ({error!r}); restore it') from error
+    if file_sha256(folder / WEIGHTS) != expected:
         raise UserError(
-            f'{folder / CONFIG}: is not a config that `package` wrote ({error!r}); run `package` again, or restore it'
-        ) from error
-    found = file_sha256(folder / WEIGHTS)
-    if found != expected:
-        raise UserError(
-            f'{folder / WEIGHTS}: is truncated, damaged or of another model: its SHA-256 is {found}, {CONFIG} says '
-            f'{expected}; run `package` again, or restore the file'
+            f'{folder / WEIGHTS}: is damaged or of another model, as its SHA-256 is not {expected}, which {CONFIG} '
+            'says; run `package` again, or restore the file'
         )
     try:
         card = ModelCard.load(folder / CARD)

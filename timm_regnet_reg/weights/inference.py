@@ -13,15 +13,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from ..errors import UserError, reason
 from .scoring import check_device, check_finite, image_mode
 
-__all__ = [
-    'Prediction',
-    'class_labels',
-    'find_images',
-    'load_model',
-    'predict',
-    'prediction_lines',
-    'try_image',
-]
+__all__ = ['Prediction', 'class_labels', 'find_images', 'load_model', 'predict', 'prediction_lines', 'try_image']
 
 BATCH_SIZE = 32
 
@@ -49,10 +41,8 @@ def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
     try:
         model = timm.create_model(name, pretrained=True).eval()
     except Exception as error:  # timm, the Hub's client and the file formats each raise errors of their own
-        raise UserError(
-            f'{name}: could not be loaded: {reason(error)}\nExpected a model of timm.list_pretrained(), '
-            'hf-hub:OWNER/NAME or local-dir:FOLDER.'
-        ) from error
+        expected = 'a model of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER'
+        raise UserError(f'{name}: could not be loaded: {reason(error)}\nExpected {expected}.') from error
     _check_classes(model, name)
     try_image(model, resolve_data_config(model=model), name)
     return model.to(torch_device)
@@ -97,18 +87,13 @@ def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> No
             logits = model(create_transform(**data_config)(image)[None])
     except Exception as error:  # transforms and networks raise whatever they stumble over
         raise UserError(
-            f'{source}: an image cannot be prepared and classified as it says ({reason(error)}), with {data_config}; '
-            'correct that, or get it again'
+            f'{source}: an image cannot be prepared and classified ({reason(error)}) with {data_config}; correct that'
         ) from error
     check_finite(logits, source)
 
 
 def find_images(names: Iterable[str]) -> List[str]:
-    """Files as they are given; for a folder the images in it and below, by extension and sorted.
-
-    Raises:
-        UserError: There is no such file or folder, or no image in a folder.
-    """
+    """Files as they are given, and for a folder the images in it and below, sorted; a UserError if there are none."""
     kinds = Image.registered_extensions().items()
     extensions = {extension for extension, kind in kinds if Image.MIME.get(kind, '').startswith('image/')}
     found = []
@@ -116,8 +101,8 @@ def find_images(names: Iterable[str]) -> List[str]:
         if os.path.isfile(name):
             found.append(name)
         elif os.path.isdir(name):
-            files = (file for file in sorted(Path(name).rglob('*')) if file.suffix.lower() in extensions)
-            images = [str(file) for file in files if not file.name.startswith('.') and file.is_file()]
+            files = (file for file in sorted(Path(name).rglob('[!.]*')) if file.suffix.lower() in extensions)
+            images = [str(file) for file in files if file.is_file()]
             if not images:
                 raise UserError(f'{name}: holds no images; expected .jpg, .png, .webp or the like in it or below it')
             found += images

@@ -49,10 +49,7 @@ def check_device(name: str) -> torch.device:
 def check_finite(logits: torch.Tensor, source) -> None:
     """Raises a UserError, which names `source`, if logits aren't all finite."""
     if not logits.isfinite().all():
-        raise UserError(
-            f'{source}: the network gives outputs that are not finite (NaN or infinite); take weights from before the '
-            'training diverged'
-        )
+        raise UserError(f'{source}: the outputs are not finite; take weights from before the training diverged')
 
 
 def image_mode(data_config: Dict[str, Any]) -> str:
@@ -64,14 +61,11 @@ def image_mode(data_config: Dict[str, Any]) -> str:
 
 
 def read_image(path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
-    """An image with 8 bits a channel.
+    """An image with 8 bits a channel; a UserError if it is none, or damaged, or has grey values of unknown range.
 
     Args:
         mode: 'L' or 'RGB'.
         upright: Turn it the way its EXIF data says. timm's data sets, for training and for scoring, don't.
-
-    Raises:
-        UserError: It isn't an image, or is damaged, or has grey values of unknown range.
     """
     try:
         with Image.open(path) as opened:
@@ -82,19 +76,14 @@ def read_image(path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
                 raise ValueError('it has 32 bits a pixel, and what is white is not known; save it with 8 or 16')
             return image.convert(mode)
     except Exception as error:  # decoders raise whatever they stumble over in a damaged file
-        raise UserError(
-            f'{path}: cannot be read as an image ({reason(error)}); get it again, or leave it out'
-        ) from error
+        raise UserError(f'{path}: cannot be read as an image ({reason(error)}); get it again, or remove it') from error
 
 
 def split_folder(data_dir, split: str) -> Path:
     """The folder of a split of the data; a UserError if it is all of the data, training images included."""
     root = Path(data_dir, split)
     if root.resolve() == Path(data_dir).resolve():
-        raise UserError(
-            f'--split {split!r}: is all of {data_dir}, training images included; give the folder in it, such as '
-            'validation'
-        )
+        raise UserError(f'--split {split!r}: is all of {data_dir}, training included; give a folder in it (validation)')
     return root
 
 
@@ -155,7 +144,7 @@ def score(
     Args:
         model: Images (B, C, height, width) to logits (B, num_classes).
         images: An `ImageFolder`, or another data set with `label_names` whose transform timm's loader may set.
-        data_config: Input size, mean, std, interpolation and crop, as `timm.data.resolve_data_config` gives them.
+        data_config: As `timm.data.resolve_data_config` gives it.
         desc: Label of the progress bar.
 
     Raises:
@@ -177,5 +166,5 @@ def score(
         # one of a worker process arrives with its traceback for a message
         raise UserError(str(error).rpartition(f'{UserError.__name__}: ')[2].strip()) from error
     model.cpu()
-    metrics = evaluator.compute()
-    return Score(round(metrics['top1'], 3), round(metrics['top5'], 3), evaluator.num_samples, images.label_names)
+    top1, top5 = (round(evaluator.compute()[name], 3) for name in ('top1', 'top5'))
+    return Score(top1, top5, evaluator.num_samples, images.label_names)
