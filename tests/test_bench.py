@@ -215,15 +215,7 @@ def test_what_fails_for_a_network_is_told_and_the_others_are_measured(hasty, mon
     assert 'and how it came' in err  # with its traceback
 
 
-@pytest.mark.parametrize(
-    'arguments, message',
-    [
-        ('--batch-size 999999999 --device cpu', 'out of memory ('),
-        ('--device gpu', '--device gpu'),
-        ('--device cuda:99', '--device cuda:99'),
-    ],
-)
-def test_what_cannot_be_measured_is_told_in_a_line(arguments, message, capsys):
-    assert main(['bench', *arguments.split()]) == 1
+def test_a_device_that_is_not_there_is_told_in_a_line(capsys):
+    assert main(['bench', '--device', 'cuda:99']) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f'regnet-reg: error: {message}') and err.count('\n') == 1
+    assert err.startswith('regnet-reg: error: --device cuda:99') and err.count('\n') == 1

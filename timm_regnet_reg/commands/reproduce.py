@@ -48,7 +48,7 @@ from ..arguments import add_device, positive
 from ..arguments import count as whole_number
 from ..errors import UserError, reason
 from ..papers import resident
-from ..papers.cifar import CLASSES, SIZES, find_files
+from ..papers.cifar import CLASSES
 from ..papers.flops import count
 from ..papers.plots import check_matplotlib
 from ..papers.results import TABLES, Row, Run, add_result, draw, read_results, report
@@ -177,10 +177,8 @@ def main(args: argparse.Namespace) -> None:
     if not args.train_py:
         resident.check_recipe(recipe)
     device = check_device(args.device)
-    files = {split: find_files(Path(args.data_dir, split), args.dataset) for split in SIZES}
-    for split, size in SIZES.items():
-        resident.read_pixels(files[split][0], size)
-    counts = {split: len(found) for split, found in files.items()}
+    found = resident.find_images(args.data_dir, args.dataset)
+    counts = {split: len(samples) for split, samples in found.items()}
     engine = 'train.py' if args.train_py else 'resident'
     runs = [
         Run(row, args.dataset, args.schedule, seed, engine, recipe, counts)
@@ -208,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
     script = ['--data-dir', os.path.abspath(args.data_dir), '--device', args.device]
     script += ['--torchcompile', 'inductor'] if args.compile else []
     script += [] if gpu else ['--workers', '0']  # a CPU has no time for processes that wait for it
-    images = None if args.train_py else resident.read_images(files, device)
+    images = None if args.train_py else resident.read_images(found, device)
     at_once = AT_ONCE if gpu and images else 1
     failed: List[str] = []
 

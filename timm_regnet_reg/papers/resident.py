@@ -20,19 +20,29 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
+from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import accuracy, random_seed
-from timm.utils.misc import natural_key
 from torch import Tensor, nn
 
 from ..errors import UserError, reason
 from ..weights.files import replacing
 from ..weights.scoring import read_image
-from .cifar import SIZES
+from .cifar import CLASSES, SIZES
 from .results import ROWS, Run
 
-__all__ = ['Images', 'Network', 'Outcomes', 'check_recipe', 'learning_rates', 'read_images', 'train', 'views']
+__all__ = [
+    'Images',
+    'Network',
+    'Outcomes',
+    'check_recipe',
+    'find_images',
+    'learning_rates',
+    'read_images',
+    'train',
+    'views',
+]
 
 SAVE_SECONDS = 30
 
@@ -73,13 +83,13 @@ def _options(recipe: Dict[str, Any]) -> argparse.Namespace:
     return argparse.Namespace(lr=recipe['lr_base'] * recipe['batch_size'] / recipe['lr_base_size'], **recipe)
 
 
-def create_optimizer(model: nn.Module, recipe: Dict[str, Any], **kwargs: Any) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, recipe: Dict[str, Any], **kwargs: Any) -> torch.optim.Optimizer:
     return create_optimizer_v2(model, **optimizer_kwargs(_options(recipe)), **recipe.get('opt_kwargs', {}), **kwargs)
 
 
 def learning_rates(recipe: Dict[str, Any], updates_per_epoch: int) -> List[float]:
     """The learning rate of every update of a training."""
-    optimizer = create_optimizer(nn.Linear(1, 1), recipe)
+    optimizer = _optimizer(nn.Linear(1, 1), recipe)
     options = scheduler_kwargs(_options(recipe))
     scheduler, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
     rates = []
@@ -100,30 +110,38 @@ class Images(NamedTuple):
     test_labels: Tensor
 
 
-def read_pixels(path: Path, size: int) -> np.ndarray:
-    """The image (size, size, 3); a UserError if it is damaged or of another size."""
+def _read_pixels(path: str, size: int) -> np.ndarray:
     pixels = np.asarray(read_image(path, upright=False))
     if pixels.shape != (size, size, 3):
         height, width, _ = pixels.shape
-        raise UserError(
-            f'{path}: is {width}x{height}, expected {size}x{size}; write the folder with `regnet-reg cifar`'
-        )
+        raise UserError(f'{path}: is {width}x{height}, expected {size}x{size}; `regnet-reg cifar` writes such images')
     return pixels
 
 
-def read_images(files: Dict[str, List[Path]], device: torch.device) -> Images:
-    """The images of these files of train/ and validation/, with classes in timm's order.
+def find_images(folder: str, dataset: str) -> Dict[str, List[Tuple[str, int]]]:
+    """Paths and classes of the images of train/ and validation/, in timm's order.
 
     Raises:
-        UserError: An image is damaged or of another size.
+        UserError: There aren't as many classes, or the first image is damaged or of another size.
     """
+    found = {}
+    for split, size in SIZES.items():
+        root = str(Path(folder, split))
+        found[split], classes = find_images_and_targets(root)
+        if len(classes) != CLASSES[dataset]:
+            raise UserError(f'{root}: holds images of {len(classes)} classes; write the folder with `regnet-reg cifar`')
+        _read_pixels(found[split][0][0], size)
+    return found
+
+
+def read_images(found: Dict[str, List[Tuple[str, int]]], device: torch.device) -> Images:
+    """What `find_images` found; a UserError if an image is damaged or of another size."""
     tensors = []
     with ThreadPoolExecutor() as pool:
         for split, size in SIZES.items():
-            names = [file.parent.name for file in files[split]]
-            labels = {name: label for label, name in enumerate(sorted({*names}, key=natural_key))}
-            pixels = np.stack([*pool.map(read_pixels, files[split], [size] * len(names))])
-            tensors += [torch.from_numpy(pixels), torch.tensor([labels[name] for name in names])]
+            paths, labels = zip(*found[split])
+            pixels = np.stack([*pool.map(_read_pixels, paths, [size] * len(paths))])
+            tensors += [torch.from_numpy(pixels), torch.tensor(labels)]
     return Images(*(tensor.to(device) for tensor in tensors))
 
 
@@ -181,7 +199,7 @@ class Network:
             self.loss_function = torch.compile(_loss, fullgraph=True)
 
         self.parameters = list(self.model.parameters())
-        self.optimizer = create_optimizer(self.model, self.recipe, fused=True)
+        self.optimizer = _optimizer(self.model, self.recipe, fused=True)
         for parameter in self.parameters:  # as if a gradient of 0 had come before the first one
             self.optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
         self.rate = torch.tensor(rates[0], device=self.device)
@@ -204,10 +222,8 @@ class Network:
                 with torch.serialization.safe_globals([argparse.Namespace]):
                     self._restore(torch.load(self.path, map_location='cpu', weights_only=True))
             except Exception as error:  # whatever torch stumbles over in a file that is damaged, or of another network
-                raise UserError(
-                    f'{self.path}: cannot be gone on with ({reason(error)}); restore it, go on with the version that '
-                    'began it, or remove it to start over'
-                ) from error
+                told = f'{self.path}: cannot be gone on with ({reason(error)})'
+                raise UserError(f'{told}; restore it, or remove it to start over') from error
         if self.stream:
             torch.cuda.synchronize()  # before the network's own stream goes on with it
 
@@ -287,10 +303,8 @@ class Network:
         if self.stream:
             torch.cuda.synchronize()
         if not math.isfinite(loss := self.loss()):
-            raise UserError(
-                f'the training diverged (loss {loss} after {self.done} updates) and makes no row; see '
-                f'{self.path.parent}, and remove it to start over'
-            )
+            where = f'{self.path.parent}, and remove it to start over'
+            raise UserError(f'the training diverged (loss {loss}, update {self.done}) and makes no row; see {where}')
         for key, version in versions.items():
             self.versions[key] = list(dict.fromkeys([*self.versions.get(key, []), version]))
         row = self.run.row
