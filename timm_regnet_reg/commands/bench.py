@@ -56,12 +56,7 @@ FUSED = ' fused'
 class Bench:
     """Measures networks side by side, and prints a row of a Markdown table for each kind of figure.
 
-    Args:
-        networks: Names as `create` takes them.
-        repeats: How often each is timed.
-        device: Where.
-        amp: In bfloat16 autocast, and not in float32.
-        gpu: Measure what only a GPU has: fused time steps, kernels and graphs.
+    `networks` are names as `create` takes them; with `gpu` also what only a GPU has: fused steps, kernels and graphs.
     """
 
     def __init__(self, networks: List[str], repeats: int, device: torch.device, amp: bool, gpu: bool) -> None:
@@ -183,11 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure and print.
-
-    Raises:
-        UserError: No such device, or something could not be measured.
-    """
+    """Measure and print; a UserError if something could not be measured."""
     device = check_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     gpu = device.type == 'cuda'
     if args.backbone:

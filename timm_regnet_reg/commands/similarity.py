@@ -97,10 +97,9 @@ def similarity(model: ResNet, batches: Iterable[torch.Tensor]) -> Similarity:
     def read(block: nn.Module, inputs: Any, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output  # a regulated block hands on its state as well
         index = len(grams)
-        if not x.isfinite().all():
-            raise UserError(f'{names[index]} gives infinities or NaN for these images; give a model that works')
-        if (x == x[0]).all():
-            raise UserError(f'{names[index]} gives the same for all of {len(x)} images; give a model that works')
+        if not x.isfinite().all() or (x == x[0]).all():
+            told = f'infinities, NaN or the same for all of {len(x)} images'
+            raise UserError(f'{names[index]} gives {told}; give a model that works')
         x = x.flatten(1)
         grams.append(_centered_gram(x))
         first = stages.index(stages[index])
@@ -174,29 +173,17 @@ def _batches(model: ResNet, batches: List[List[str]], device: str, name: str) ->
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        'models',
-        metavar='MODEL',
-        nargs='+',
-        help="a ResNet of timm's with weights, plain or regulated, hf-hub:OWNER/NAME or local-dir:FOLDER",
+        'models', metavar='MODEL', nargs='+', help='a ResNet of timm, hf-hub:OWNER/NAME, local-dir:FOLDER'
     )
     add_data(parser)
-    parser.add_argument(
-        '--images',
-        type=positive,
-        default=512,
-        metavar='N',
-        help='how many of them, at most: a random choice, the same every time; 4 or more (default: %(default)s)',
-    )
+    more = 'how many, at most: a random choice, the same every time; 4 or more (default: %(default)s)'
+    parser.add_argument('--images', type=positive, default=512, metavar='N', help=more)
     add_device(parser)
     parser.add_argument('--output', default='.', metavar='DIR', help='where the figure goes (default: here)')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure `args.models` on the same images, print the means, draw the values.
-
-    Raises:
-        UserError: matplotlib, the device, the folders, enough images or a ResNet can't be had, or its outputs measured.
-    """
+    """Measure `args.models` on the same images, print the means, draw the values."""
     check_matplotlib()
     figure = Path(args.output, 'similarity.png')
     check_writable(figure)
@@ -212,10 +199,7 @@ def main(args: argparse.Namespace) -> None:
     for name in args.models:
         model = load_model(name, args.device)
         if not isinstance(model, ResNet):
-            raise UserError(
-                f'{name}: is a {type(model).__name__}; expected a timm.models.ResNet, plain or regulated '
-                '(resnet, resnext, seresnet, cifar_resnet, regnet_reg_resnet, …)'
-            )
+            raise UserError(f'{name}: is a {type(model).__name__}; expected a timm.models.ResNet, plain or regulated')
         models[name] = model
     results = {name: similarity(m, _batches(m, batches, args.device, name)) for name, m in models.items()}
     print(f'{len(sample)} images of {root}', *_table(CKA, results), '', *_table(COSINE, results), sep='\n')

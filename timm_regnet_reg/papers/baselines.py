@@ -62,9 +62,7 @@ BASELINES: Dict[str, Any] = {'naive-convlstm': NaiveConvLSTM, 'dense-convrnn': D
 def create(backbone: str, names: Iterable[str], device: Any = None) -> Dict[str, nn.Module]:
     """The networks of these names, each `PLAIN`, a cell of `CELLS` or one of `BASELINES`, in channels_last.
 
-    Args:
-        backbone: 'resnet20', 'resnet50', …
-        device: Where they are to be.
+    `backbone` is 'resnet20', 'resnet50', …
     """
     models: Dict[str, nn.Module] = {}
     for name in names:

@@ -119,11 +119,7 @@ def _read_pixels(path: str, size: int) -> np.ndarray:
 
 
 def find_images(folder: str, dataset: str) -> Dict[str, List[Tuple[str, int]]]:
-    """Paths and classes of the images of train/ and validation/, in timm's order.
-
-    Raises:
-        UserError: There aren't as many classes, or the first image is damaged or of another size.
-    """
+    """Paths and classes of the images of both splits, in timm's order; a UserError if they aren't CIFAR's."""
     found = {}
     for split, size in SIZES.items():
         root = str(Path(folder, split))
@@ -295,11 +291,7 @@ class Network:
         return self.losses[epoch].item() / (position + 1)
 
     def save(self, versions: Dict[str, str]) -> None:
-        """Write the checkpoint: train.py's, with what this engine needs beside it, and the versions trained with.
-
-        Raises:
-            UserError: The training has diverged, or nothing can be written.
-        """
+        """Write the checkpoint: train.py's, with what this engine needs beside it; a UserError if training diverged."""
         if self.stream:
             torch.cuda.synchronize()
         if not math.isfinite(loss := self.loss()):

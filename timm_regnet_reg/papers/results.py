@@ -158,11 +158,7 @@ def read_results(path: Path) -> List[Dict[str, str]]:
 
 
 def add_result(path: Path, result: Dict[str, Any]) -> None:
-    """Adds a row, in the order of the tables and seeds; other processes may do so at the same time.
-
-    Raises:
-        UserError: The file can't be read or written, or has a row of that run.
-    """
+    """Adds a row, in the order of the tables and seeds, once for a run; other processes may do so at the same time."""
     with locked(path, seconds=60):
         results = [*read_results(path), {key: str(value) for key, value in result.items()}]
         try:

@@ -73,11 +73,7 @@ def _trace(step: Step, activity: ProfilerActivity) -> List[Dict[str, Any]]:
 
 
 def kernel_time(step: Step) -> float:
-    """The seconds of all kernels, copies and fills that a step runs on the GPU, alone.
-
-    Raises:
-        RuntimeError: The profiler saw none, which is to say that it can't see them here.
-    """
+    """The seconds of all kernels, copies and fills that a step runs on the GPU; a RuntimeError if none can be seen."""
     kinds = ('kernel', 'gpu_memcpy', 'gpu_memset')
     times = [event['dur'] for event in _trace(step, ProfilerActivity.CUDA) if event.get('cat') in kinds]
     if not times:
