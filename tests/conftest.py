@@ -95,31 +95,24 @@ def _stirred(seed):
     return model.eval()
 
 
+def package_command(trained, image_folder, output, **changed):
+    """The arguments of `package` for `trained`; keywords replace some."""
+    options = {
+        'model': MODEL,
+        'tag': 'tiny',
+        'data_dir': image_folder,
+        'data_name': '12 images of noise',
+        'recipe': trained.recipe,
+        'output': output,
+        'workers': 0,
+        **changed,
+    }
+    return ['package', *(text for key, value in options.items() for text in (f'--{key.replace("_", "-")}', str(value)))]
+
+
 @pytest.fixture(scope='session')
 def packaged(trained, image_folder, tmp_path_factory):
     """The folder that `package` makes of `trained`. Not to be changed: copy it first."""
     output = tmp_path_factory.mktemp('packaged')
-    assert (
-        main(
-            [
-                'package',
-                trained.checkpoint,
-                '--model',
-                MODEL,
-                '--tag',
-                'tiny',
-                '--data-dir',
-                str(image_folder),
-                '--data-name',
-                '12 images of noise',
-                '--recipe',
-                trained.recipe,
-                '--output',
-                str(output),
-                '--workers',
-                '0',
-            ]
-        )
-        == 0
-    )
+    assert main([*package_command(trained, image_folder, output), trained.checkpoint]) == 0
     return output / f'{MODEL}.tiny'

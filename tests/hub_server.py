@@ -1,16 +1,9 @@
 """A small local Hub for tests: as much of its HTTP API as the real huggingface_hub client needs.
 
 Repositories are private or public, hold commits, branches and pull requests, and keep LFS files by their SHA-256.
-`fault()` makes one step fail. A test takes the fixture `hub`:
-
-    from hub_server import hub
-
-    def test_it(hub):
-        hub.add_repo('owner/model', {'config.json': b'{}'})
-        hub.fault('drop', 'upload')
-
-In the test's own process the client then talks to the server, with the owner's token. A subprocess gets
-`env=hub.env(cache=folder)`. What the server answers follows the client's own source and the Hub's documented API.
+`fault()` makes one step fail. With the fixture `hub`, the client in the test's own process talks to the server, with
+the owner's token; a subprocess gets `env=hub.env(cache=folder)`. What the server answers follows the client's own
+source and the Hub's documented API.
 """
 
 import base64
@@ -30,19 +23,6 @@ import pytest
 
 LFS_SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt')  # what the Hub's default .gitattributes sends to LFS
 GITATTRIBUTES = b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n'
-FAULTS = ('drop', '500', 'corrupt')
-STEPS = (
-    'info',
-    'create',
-    'yaml',
-    'preupload',
-    'batch',
-    'upload',
-    'commit',
-    'answer',
-    'tree',
-    'read',
-)
 
 
 class File(NamedTuple):
@@ -121,29 +101,24 @@ class HubServer:
     def snapshot(self) -> dict:
         """All that a visitor sees: each repository's branches, their files, and its pull requests."""
         return {
-            name: (
-                {ref: self.files(name, ref) for ref in repo.refs if not ref.startswith('refs/pr/')},
-                list(repo.pull_requests),
-            )
+            name: ({ref: self.files(name, ref) for ref in repo.refs}, [*repo.pull_requests])
             for name, repo in self.repos.items()
         }
 
-    def fault(self, kind: str, step: str = 'upload', times: int = 10**6, skip: int = 0) -> None:
-        """Makes a step fail so many times, after it has worked `skip` times.
+    def fault(self, kind: str, step: str, times: int = 10**6) -> None:
+        """Makes a step fail so many times.
 
         Args:
             kind: 'drop' closes the connection half way through the body, '500' answers so, 'corrupt' flips one bit of
                 what is sent (step 'read'), or gives other hashes (step 'tree').
-            step: One of STEPS; 'answer' is a commit that is done but whose answer never arrives.
+            step: One of those in _ROUTES, or 'answer', a commit that is done but whose answer never arrives.
         """
-        assert kind in FAULTS and step in STEPS, (kind, step)
-        self.faults[step] = [kind, times, skip]
+        assert step == 'answer' or step in [route[2] for route in _ROUTES]
+        self.faults[step] = [kind, times]
 
     def take_fault(self, step: str) -> Optional[str]:
-        kind, times, skip = self.faults.get(step, (None, 0, 0))
-        if skip > 0:
-            self.faults[step][2] -= 1
-        elif times > 0:
+        kind, times = self.faults.get(step, (None, 0))
+        if times > 0:
             self.faults[step][1] -= 1
             return kind
         return None
@@ -270,10 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, url)
 
     def validate_yaml(self) -> None:
-        if re.match(r'---\n.*?\n---\n', self.json['content'], re.DOTALL):
-            self.answer(200, {'errors': [], 'warnings': []})
-        else:
-            self.answer(400, {'errors': [{'message': 'no metadata'}], 'warnings': []})
+        self.answer(200, {'errors': [], 'warnings': []})
 
     def info(self, repo_id: str, revision: str = 'main') -> None:
         repo, oid = self.find(repo_id, revision)
@@ -293,20 +265,12 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo(repo_id, write=True)
         if repo:
             files = repo.commits[repo.resolve(revision)]
-            self.answer(
-                200,
-                {
-                    'files': [
-                        {
-                            'path': path,
-                            'uploadMode': 'lfs' if path.endswith(LFS_SUFFIXES) else 'regular',
-                            'shouldIgnore': False,
-                            'oid': files[path].etag if path in files else None,
-                        }
-                        for path in (file['path'] for file in self.json['files'])
-                    ]
-                },
-            )
+            answers = []
+            for path in (file['path'] for file in self.json['files']):
+                mode = 'lfs' if path.endswith(LFS_SUFFIXES) else 'regular'
+                oid = files[path].etag if path in files else None
+                answers.append({'path': path, 'uploadMode': mode, 'shouldIgnore': False, 'oid': oid})
+            self.answer(200, {'files': answers})
 
     def batch(self, repo_id: str) -> None:
         if self.repo(repo_id):
@@ -328,23 +292,16 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo(repo_id, write=True)
         if repo is None:
             return
-        header, *operations = [json.loads(line) for line in self.data.splitlines()]
+        _, *operations = [json.loads(line) for line in self.data.splitlines()]
         create_pr = 'create_pr' in self.query
-        parent = header['value'].get('parentCommit')
-        if parent and not create_pr and parent != repo.resolve(revision):
-            return self.error(412, '', 'A commit has happened since. Please refresh and try again.')
-        files = dict(repo.commits[repo.resolve(parent or revision)])
+        files = dict(repo.commits[repo.resolve(revision)])
         for operation in operations:
             value = operation['value']
             if operation['key'] == 'file':
                 files[value['path']] = File(base64.b64decode(value['content']), False)
-            elif operation['key'] == 'lfsFile':
-                if value['oid'] not in self.hub.lfs:
-                    return self.error(400, '', f'LFS file {value["path"]} was never uploaded')
-                files[value['path']] = File(self.hub.lfs[value['oid']], True)
             else:
-                assert operation['key'] == 'deletedFile', operation['key']
-                del files[value['path']]
+                assert operation['key'] == 'lfsFile', operation['key']
+                files[value['path']] = File(self.hub.lfs[value['oid']], True)
         number = len(repo.pull_requests) + 1
         ref = f'refs/pr/{number}' if create_pr else urllib.parse.unquote(revision)
         oid = repo.commit(ref, files)

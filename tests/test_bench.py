@@ -72,7 +72,7 @@ def test_naive_network_is_the_regulated_one_with_another_cell(models):
 
 
 def test_plain_network_is_the_backbone_and_stays_so_without_batch_norms(models):
-    backbone = timm.create_model('cifar_resnet20').eval()
+    backbone = timm.create_model('cifar_resnet20').eval().to(memory_format=torch.channels_last)
     backbone.load_state_dict(models['plain'].state_dict())
     fused = bench.fuse(models['plain'])
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
@@ -121,12 +121,11 @@ def test_peak_memory_is_the_most_held_at_a_time():
 
 def test_kernels_are_told_from_what_launches_them(monkeypatch):
     events = [{'cat': 'cuda_runtime', 'dur': 9.0}, {'name': 'process_name'}]
-    events += [{'cat': cat, 'dur': 2.0} for cat in ('kernel', 'kernel', 'gpu_memcpy', 'gpu_memset')]
     monkeypatch.setattr(timing, '_trace', lambda step, activity: events)
-    assert timing.kernels(lambda: None) == [pytest.approx(2e-6)] * 4
-    del events[2:]
     with pytest.raises(RuntimeError, match='saw no kernels'):
-        timing.kernels(lambda: None)
+        timing.kernel_time(lambda: None)
+    events += [{'cat': cat, 'dur': 2.0} for cat in ('kernel', 'kernel', 'gpu_memcpy', 'gpu_memset')]
+    assert timing.kernel_time(lambda: None) == pytest.approx(8e-6)
 
 
 def test_short_steps_are_timed_several_at_once():
@@ -152,7 +151,7 @@ def test_repeats_are_interleaved_and_compared_with_the_plain_network_of_the_same
 def test_table_has_every_figure_of_every_network(hasty, capsys):
     assert main('bench --backbone resnet20 --batch-size 1 --repeats 2 --compile --device cpu'.split()) == 0
     machine, precision, _, title, *_ = (out := capsys.readouterr().out).splitlines()
-    assert torch.__version__ in machine and 'float32' in precision
+    assert machine.startswith('CPU') and torch.__version__ in machine and 'float32' in precision
     assert title == 'resnet20, batch 1, 32x32'
     columns, rows = read_table(out)
     assert columns == ['plain', *CELLS, *BASELINES, 'spread']
@@ -173,13 +172,12 @@ def test_on_a_gpu_cells_are_measured_fused_too_with_kernels_and_graphs(hasty, mo
     """With stand-ins for what only a GPU does; the test below has none."""
     fused = []
     monkeypatch.setattr(timm_regnet_reg, 'set_fused', lambda on: fused.append(on), raising=False)
-    monkeypatch.setattr(bench, 'kernels', lambda step: step() or [0.001, 0.002])
+    monkeypatch.setattr(bench, 'kernel_time', lambda step: step() or 0.003)
     monkeypatch.setattr(bench, 'capture', lambda step: step)
     bench.Bench(['plain', 'convlstm'], 1, CPU, amp=False, gpu=True).run('resnet20', 1, compile=True)
     columns, rows = read_table(capsys.readouterr().out)
     assert columns == ['plain', 'convlstm', 'convlstm fused', 'spread']
     for what in ('train', 'inference', 'train, compiled', 'inference, compiled'):
-        assert set(rows[f'{what}, kernels'].values()) == {'2', ''}
         assert set(rows[f'{what}, kernels alone, ms'].values()) == {'3.00', ''}
         for name in (f'{what}, ms', f'{what}, kernels alone, speed ÷ plain', f'{what}, in a graph, speed ÷ plain'):
             assert all(rows[name][column] for column in columns[:-1])
@@ -194,8 +192,6 @@ def test_gpu_table_is_complete(hasty, monkeypatch, capsys):
     columns, rows = read_table(capsys.readouterr().out)
     assert columns == ['plain', *CELLS, *(f'{cell} fused' for cell in CELLS), 'spread']
     assert [name for name in rows if not all(rows[name][column] for column in columns[:-1])] == []
-    launches = rows['train, kernels']
-    assert all(int(launches[f'{cell} fused']) < int(launches[cell]) for cell in CELLS)
 
 
 def test_what_fails_for_a_network_is_told_and_the_others_are_measured(hasty, monkeypatch, capsys):
@@ -219,25 +215,7 @@ def test_what_fails_for_a_network_is_told_and_the_others_are_measured(hasty, mon
     assert 'and how it came' in err  # with its traceback
 
 
-@pytest.mark.parametrize(
-    'arguments, message',
-    [
-        ('--batch-size 999999999 --device cpu', 'out of memory ('),
-        ('--device gpu', '--device gpu'),
-        ('--device cuda:99', '--device cuda:99'),
-    ],
-)
-def test_what_cannot_be_measured_is_told_in_a_line(arguments, message, capsys):
-    assert main(['bench', *arguments.split()]) == 1
+def test_a_device_that_is_not_there_is_told_in_a_line(capsys):
+    assert main(['bench', '--device', 'cuda:99']) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f'regnet-reg: error: {message}') and err.count('\n') == 1
-
-
-@pytest.mark.parametrize(
-    'arguments',
-    ['--repeats 0', '--batch-size -1', '--batch-size 1000000000', '--backbone resnet21', '--networks resnet20'],
-)
-def test_senseless_arguments_are_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(['bench', *arguments.split()])
-    assert exit.value.code == 2
+    assert err.startswith('regnet-reg: error: --device cuda:99') and err.count('\n') == 1

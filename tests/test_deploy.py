@@ -396,8 +396,8 @@ def changed_data(image_folder, folder, change):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (_renamed, 'validation: its classes are not those of DATA/train'),
-        (_renamed_everywhere, "its classes are not the model's (bee instead of ant)"),
+        (_renamed, 'validation: its classes, or their order, are not those of DATA/train'),
+        (_renamed_everywhere, 'not those of the model (missing: ant; added: dog)'),
         (_one_class_less, 'validation: holds 2 classes'),
         (_no_images, 'validation: holds no images'),
         (lambda folder: shutil.rmtree(folder / 'train'), 'train: no such folder'),
@@ -452,7 +452,7 @@ def test_full_disk_is_told_and_leaves_nothing(run, packaged, tmp_path, monkeypat
     'args, message',
     [
         (['net.pt'], 'ends in .onnx'),
-        (['net.onnx', '--model', 'resnet51'], 'not a model that timm knows'),
+        (['net.onnx', '--model', 'resnet51'], 'Unknown model'),
         (['net.onnx', '--int8', 'nowhere'], 'nowhere/train: no such folder'),
         (['net.onnx', '--int8', ''], 'train: no such folder'),
     ],

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import CLASSES, MODEL, full_disk
+from conftest import CLASSES, MODEL, full_disk, package_command
 from huggingface_hub import ModelCard
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import save_for_hf
@@ -19,8 +19,7 @@ from timm.models import save_for_hf
 import timm_regnet_reg
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.pretrained import file_sha256
-from timm_regnet_reg.weights.folder import FILES, check_folder
+from timm_regnet_reg.weights.folder import FILES, check_folder, file_sha256
 
 
 @pytest.fixture
@@ -28,19 +27,9 @@ def package(trained, image_folder, tmp_path, capsys):
     """Runs the command; keywords replace arguments. Returns exit code and stderr."""
 
     def run(checkpoint=trained.checkpoint, *flags, **changed):
-        options = {
-            'model': MODEL,
-            'tag': 'tiny',
-            'data_dir': image_folder,
-            'data_name': 'noise',
-            'recipe': trained.recipe,
-            'output': tmp_path / 'out',
-            'workers': 0,
-            **changed,
-        }
-        argv = [text for key, value in options.items() for text in (f'--{key.replace("_", "-")}', str(value))]
+        command = package_command(trained, image_folder, tmp_path / 'out', **changed)
         try:
-            code = main(['package', str(checkpoint), *argv, *flags])
+            code = main([*command, str(checkpoint), *flags])
         except SystemExit as stop:  # argparse's answer to an argument that it can't take
             code = stop.code
         return code, capsys.readouterr().err
@@ -114,23 +103,18 @@ def test_ema_weights_on_request(trained, package, tmp_path):
     assert not torch.equal(loaded(images), trained.model(images))
 
 
-def test_what_the_run_changed_in_its_recipe_stands_in_the_card(trained, package, tmp_path):
+def test_card_tells_what_the_run_changed_in_its_recipe_and_that_it_was_resumed(trained, package, tmp_path):
     (tmp_path / 'recipe.yaml').write_text('epochs: 164\nopt: sgd\n')
-    assert package(recipe=tmp_path / 'recipe.yaml')[0] == 0
-    assert 'recipe.yaml with epochs 3 instead of 164 |' in (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
-
-
-def test_the_card_of_a_resumed_run_says_that_its_seed_is_the_last_parts(trained, package, tmp_path):
-    path = changed_checkpoint(
-        trained, tmp_path / 'new.pth.tar', lambda c: c['args'].__setattr__('resume', 'old.pth.tar')
-    )
-    assert package(path)[0] == 0
-    assert '| Seed | 7 after the last resumption |' in (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
+    path = changed_checkpoint(trained, tmp_path / 'new.pth.tar', set_args(resume='old.pth.tar'))
+    assert package(path, recipe=tmp_path / 'recipe.yaml')[0] == 0
+    card = (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
+    assert 'recipe.yaml with epochs 3 instead of 164 |' in card
+    assert '| Seed | 7 after the last resumption |' in card
 
 
 def test_packaging_again_gives_the_same_bytes_and_leaves_nothing_else(packaged, package, tmp_path):
     for _ in range(2):
-        assert package(data_name='12 images of noise')[0] == 0
+        assert package()[0] == 0
         assert os.listdir(tmp_path / 'out') == [f'{MODEL}.tiny']
         assert contents(tmp_path / f'out/{MODEL}.tiny') == contents(packaged)
 
@@ -140,29 +124,29 @@ class Bomb:
         return os.mkdir, ('exploded',)
 
 
+def set_args(**changed):
+    return lambda checkpoint: vars(checkpoint['args']).update(changed)
+
+
 @pytest.mark.parametrize(
     'change, words',
     [
-        (lambda c: c['args'].__setattr__('model', 'resnet18'), ('resnet18', MODEL)),
+        (set_args(model='resnet18'), ('is a checkpoint of resnet18', MODEL)),
         (lambda c: c.pop('args'), ("'args'", 'train.py')),
         (lambda c: c.update(args=vars(c['args'])), ('not a checkpoint of train.py',)),
         (lambda c: c.update(epoch='three'), ('not a checkpoint of train.py', 'three')),
         (lambda c: c.update(state_dict=None), ('not a checkpoint of train.py',)),
         (lambda c: c['state_dict'].update(bias=3), ('bias',)),
-        (lambda c: c['args'].__setattr__('num_classes', 'three'), ('cannot be built',)),
-        (lambda c: c['args'].__setattr__('model_kwargs', {'layers_of_cake': 3}), ('cannot be built', 'layers_of_cake')),
-        (lambda c: c['args'].__setattr__('input_size', [3, 32]), ('cannot be scored', 'input_size')),
-        (lambda c: c['args'].__setattr__('interpolation', 'nope'), ('prepared', 'nope')),
-        (lambda c: c['args'].__setattr__('mean', ['x']), ("'x'",)),
+        (set_args(num_classes='three'), ('does not fit',)),
+        (set_args(model_kwargs={'layers_of_cake': 3}), ('does not fit', 'layers_of_cake')),
+        (set_args(input_size=[3, 32]), ('does not fit', 'input_size')),
+        (set_args(interpolation='nope'), ('prepared', 'nope')),
+        (set_args(mean=['x']), ("'x'",)),
         (lambda c: c['state_dict']['bn1.running_var'].fill_(-1), ('not finite',)),
         (lambda c: c['state_dict'].pop('fc.weight'), ('1 weights are missing', 'fc.weight')),
         (lambda c: c['state_dict'].update(extra=torch.zeros(1)), ('1 weights are unexpected', 'extra')),
-        (lambda c: c['state_dict'].update({'fc.bias': torch.zeros(4)}), ('fc.bias (4,) instead of (3,)',)),
+        (lambda c: c['state_dict'].update({'fc.bias': torch.zeros(4)}), ('size mismatch for fc.bias',)),
         (lambda c: c['state_dict']['fc.bias'].fill_(float('nan')), ('not finite', 'fc.bias', 'diverged')),
-        (
-            lambda c: c['state_dict']['layer1.0.conv1.weight'][0, 0, 0].fill_(float('inf')),
-            ('not finite', 'layer1.0.conv1'),
-        ),
         (lambda c: c.update(metric=Bomb()), ('could run code',)),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else '',
@@ -182,23 +166,24 @@ def test_checkpoint_without_ema_weights_is_refused_only_if_they_are_asked_for(tr
     assert package(path)[0] == 0
 
 
-@pytest.mark.parametrize('keep', [0, 100, 0.5, -1])
-def test_truncated_checkpoint_is_refused(trained, package, tmp_path, keep):
-    data = open(trained.checkpoint, 'rb').read()
-    path = tmp_path / 'truncated.pth.tar'
-    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda path, data: None,
+        lambda path, data: path.write_bytes(b''),
+        lambda path, data: path.write_bytes(data[: len(data) // 2]),
+        lambda path, data: path.write_bytes(data[:-1]),
+        lambda path, data: path.write_text('hello'),
+        lambda path, data: path.write_bytes(pickle.dumps({'state_dict': {}}, protocol=2)),
+    ],
+    ids=['missing', 'empty', 'truncated', 'last byte', 'text', 'plain pickle'],
+)
+def test_file_that_is_no_checkpoint_is_refused(trained, package, tmp_path, make):
+    path = tmp_path / 'bad.pth.tar'
+    with open(trained.checkpoint, 'rb') as file:
+        make(path, file.read())
     code, err = package(path)
-    assert code == 1 and str(path) in err and 'truncated' in err and 'another checkpoint' in err
-
-
-def test_files_that_are_no_checkpoint_are_refused(package, tmp_path):
-    assert 'no such file' in package(tmp_path / 'absent.pth.tar')[1]
-    (tmp_path / 'text.pth.tar').write_text('hello')
-    assert 'cannot be read as a checkpoint' in package(tmp_path / 'text.pth.tar')[1]
-    (tmp_path / 'plain.pth.tar').write_bytes(pickle.dumps({'state_dict': {}}, protocol=2))
-    assert 'cannot be read as a checkpoint' in package(tmp_path / 'plain.pth.tar')[1]
-    torch.save({'weight': torch.zeros(1)}, tmp_path / 'bare.pth.tar')
-    assert 'not a checkpoint of train.py' in package(tmp_path / 'bare.pth.tar')[1]
+    assert code == 1 and f'{path}: cannot be read as a checkpoint' in err and 'another checkpoint' in err
 
 
 @pytest.fixture
@@ -213,17 +198,14 @@ def no_scoring(monkeypatch):
         ({'model': 'resnet_of_mine'}, 'is not registered in timm'),
         ({'tag': '../up'}, 'expected letters, digits'),
         ({'tag': 'x' * 240}, '64 at most'),
-        ({'tag': 'ünder'}, 'expected letters, digits'),
         ({'recipe': 'absent.yaml'}, 'cannot be read as a recipe'),
         ({'license': ' '}, '--license'),
         ({'data_name': ''}, '--data-name'),
         ({'batch_size': 0}, '--batch-size'),
-        ({'batch_size': 'x'}, '--batch-size'),
         ({'workers': -1}, 'from 0 to'),
         ({'data_name': '\udcff'}, '--data-name'),
         ({'device': 'nope'}, '--device nope: expected cpu'),
-        ({'device': 'meta'}, '--device meta: expected cpu'),
-        ({'device': 'cuda:99'}, '--device cuda:99: torch finds'),
+        ({'device': 'cuda:99'}, '--device cuda:99: expected cpu'),
         ({'split': ''}, "--split ''"),
         ({'split': '.'}, "--split '.'"),
         ({'output': '/proc/here'}, 'cannot be written'),
@@ -290,7 +272,7 @@ def test_one_channel_run_loads_and_classifies(trained, package, tmp_path, image_
     assert main(['classify', '--model', name, str(image_folder / 'validation/bee/2.png')]) == 0
 
 
-def test_auxiliary_norms_are_left_out_and_that_is_told(trained, package, tmp_path):
+def test_auxiliary_norms_are_left_out(trained, package, tmp_path):
     """As `train.py --split-bn` writes them; evaluation takes the main norms alone."""
     split = timm.layers.convert_splitbn_model(copy.deepcopy(trained.model), 2).eval()
     path = changed_checkpoint(trained, tmp_path / 'split.pth.tar', lambda c: c.update(state_dict=split.state_dict()))
@@ -298,7 +280,6 @@ def test_auxiliary_norms_are_left_out_and_that_is_told(trained, package, tmp_pat
     folder = tmp_path / f'out/{MODEL}.tiny'
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(images), split(images))
-    assert '| Split batch norm | the auxiliary norms are left out' in (folder / 'README.md').read_text()
 
 
 # Where a run started
@@ -369,7 +350,7 @@ def test_run_that_started_from_a_folder_or_repository(started, tmp_path, hub, mo
     assert started(source, tuned, model=model)[0] == 0
     assert_packaged(tmp_path, tuned, model=model, regulated_stages=[1])
     code, err = started(source, tuned, model='cifar_resnet20')
-    assert code == 1 and f'is a checkpoint of {model}, not of --model cifar_resnet20' in err
+    assert code == 1 and f'is a checkpoint of {model}; give one of cifar_resnet20' in err
 
 
 def test_options_of_the_run_count_for_more_than_its_sources(started, tmp_path):
@@ -394,7 +375,7 @@ def test_where_the_source_is_gone_the_weights_decide(started, tmp_path, hub, sou
     assert started(source, tuned)[0] == 0
     assert_packaged(tmp_path, tuned, regulated_stages=stages)
     code, err = started(source, tuned, model='regnet_reg_resnet20_convgru')
-    assert code == 1 and ('not the weights of regnet_reg_resnet20_convgru' in err or 'is a checkpoint of' in err)
+    assert code == 1 and 'does not fit --model regnet_reg_resnet20_convgru' in err
 
 
 def test_card_edited_by_hand_is_replaced_only_if_asked_for(trained, package, tmp_path):
@@ -416,7 +397,6 @@ def test_full_disk_leaves_the_old_folder_as_it_was(package, tmp_path):
         with full_disk(64):
             code, err = package(data_name='other')
         assert code == 1 and 'could not be written' in err and 'another output' in err, err
-        assert ('unchanged' if existing else 'Nothing half written was left behind') in err
         assert os.listdir(tmp_path / 'out') == [f'{MODEL}.tiny'] * existing
         assert not existing or contents(tmp_path / f'out/{MODEL}.tiny') == before
 
@@ -444,75 +424,39 @@ def edit_config(folder, **changes):
     (folder / 'config.json').write_text(json.dumps({**config, **changes}))
 
 
-def edit_cfg(folder, **changes):
-    edit_config(
-        folder, pretrained_cfg={**json.loads((folder / 'config.json').read_text())['pretrained_cfg'], **changes}
-    )
-
-
-def resave(folder, change):
-    """Changes the weights and makes the hash right again."""
-    import safetensors.torch
-
-    weights = safetensors.torch.load_file(folder / 'model.safetensors')
-    change(weights)
-    safetensors.torch.save_file(weights, folder / 'model.safetensors')
+def rehash(folder, data):
+    """Other weights with the right hash."""
+    (folder / 'model.safetensors').write_bytes(data)
     edit_config(folder, sha256=file_sha256(folder / 'model.safetensors'))
 
 
-def truncate(path, rehash=False):
-    path.write_bytes(path.read_bytes()[:-1000])
-    if rehash:
-        edit_config(path.parent, sha256=file_sha256(path))
+def edit_card(folder, text=None, **replaced):
+    text = text or (folder / 'README.md').read_text()
+    for old, new in replaced.items():
+        text = text.replace(f'{old}:', f'{new}:')
+    (folder / 'README.md').write_text(text)
 
 
+# what `load_model` refuses besides, test_classify.py shows
 SPOILED = {
-    'truncated': (lambda f: truncate(f / 'model.safetensors'), 'SHA-256'),
-    'truncated_and_rehashed': (lambda f: truncate(f / 'model.safetensors', True), 'could not be loaded'),
+    'truncated': (lambda f: os.truncate(f / 'model.safetensors', 1000), 'SHA-256'),
+    'truncated_and_rehashed': (lambda f: rehash(f, (f / 'model.safetensors').read_bytes()[:-9]), 'could not be loaded'),
     'bit_flipped': (lambda f: flip(f / 'model.safetensors', -5), 'SHA-256'),
-    'header_flipped': (lambda f: flip(f / 'model.safetensors', 20), 'SHA-256'),
-    'wrong_hash': (lambda f: edit_config(f, sha256='0' * 64), 'SHA-256'),
+    'no_hash': (lambda f: edit_config(f, sha256=None), 'its SHA-256 is not None'),
     'unknown_architecture': (lambda f: edit_config(f, architecture='resnet_of_mine'), 'resnet_of_mine'),
     'wrong_architecture': (lambda f: edit_config(f, architecture='cifar_resnet20'), 'unexpected'),
-    'wrong_shape': (lambda f: resave(f, lambda w: w.update({'fc.bias': torch.zeros(2)})), 'fc.bias'),
-    'missing_key': (lambda f: resave(f, lambda w: w.pop('fc.bias')), 'fc.bias'),
-    'nan': (lambda f: resave(f, lambda w: w['fc.bias'].fill_(float('nan'))), 'not finite'),
-    'pickle': (
-        lambda f: (f / 'pytorch_model.bin').write_bytes(pickle.dumps(Bomb())),
-        'pytorch_model.bin is not expected',
-    ),
-    'pickle_in_place': (
-        lambda f: (
-            (f / 'model.safetensors').write_bytes(pickle.dumps(Bomb())),
-            edit_config(f, sha256=file_sha256(f / 'model.safetensors')),
-        ),
-        'could not be loaded',
-    ),
-    'foreign_file': (lambda f: (f / 'notes.txt').write_text(''), 'notes.txt is not expected'),
-    'missing_file': (lambda f: (f / 'README.md').unlink(), 'README.md is missing'),
-    'broken_config': (lambda f: (f / 'config.json').write_text('{'), 'config.json'),
-    'bad_arguments': (lambda f: edit_config(f, model_args={'layers_of_cake': 3}), 'layers_of_cake'),
-    'labels': (lambda f: edit_config(f, label_names=['ant']), 'label_names are 1'),
-    'classes_and_labels': (lambda f: edit_config(f, num_classes=9, label_names=[*'abcdefghi']), 'of classes'),
-    'classes_of_network': (lambda f: edit_config(f, model_args={'num_classes': 5}), 'of classes'),
-    'no_hash': (lambda f: edit_config(f, sha256=None), 'config.json says None'),
     'no_architecture': (lambda f: edit_config(f, architecture=None), 'could not be loaded'),
-    'count_in_words': (lambda f: edit_config(f, num_classes='3'), 'could not be loaded'),
-    'labels_in_lists': (lambda f: edit_config(f, label_names=[['ant'], ['bee'], ['cat']]), 'not the names of its 3'),
-    'interpolation': (lambda f: edit_cfg(f, interpolation='nope'), 'cannot be prepared'),
-    'crop': (lambda f: edit_cfg(f, crop_pct='x'), 'cannot be prepared'),
-    'mean': (lambda f: edit_cfg(f, mean=[0.5, 0.5]), 'cannot be prepared'),
-    'std': (lambda f: edit_cfg(f, std=[float('nan')] * 3), 'not finite'),
-    'input_size': (lambda f: edit_cfg(f, input_size=[3, 32]), 'could not be loaded'),
-    'negative_variance': (lambda f: resave(f, lambda w: w['bn1.running_var'].fill_(-1)), 'not finite'),
+    'bad_arguments': (lambda f: edit_config(f, model_args={'layers_of_cake': 3}), 'layers_of_cake'),
+    'labels': (lambda f: edit_config(f, label_names=['ant']), "label_names ['ant']"),
+    'broken_config': (lambda f: (f / 'config.json').write_text('{'), 'not a config that `package` wrote'),
     'list': (lambda f: (f / 'config.json').write_text('[]'), 'not a config that `package` wrote'),
-    'card_without_license': (
-        lambda f: (f / 'README.md').write_text((f / 'README.md').read_text().replace('license:', 'lic:')),
-        'license',
-    ),
-    'card_without_score': (lambda f: (f / 'README.md').write_text('---\nlicense: mit\n---\n'), 'Top-1'),
-    'card_without_metadata': (lambda f: (f / 'README.md').write_text('# Hello\n'), 'license'),
-    'card_unreadable': (lambda f: (f / 'README.md').write_text('---\na: [\n---\n'), 'README.md'),
+    'pickle': (lambda f: (f / 'pytorch_model.bin').write_bytes(pickle.dumps(Bomb())), 'added: pytorch_model.bin'),
+    'pickle_in_place': (lambda f: rehash(f, pickle.dumps(Bomb())), 'could not be loaded'),
+    'missing_file': (lambda f: (f / 'README.md').unlink(), 'missing: README.md'),
+    'card_without_license': (lambda f: edit_card(f, license='lic'), 'lacks a license'),
+    'card_without_score': (lambda f: edit_card(f, '---\nlicense: mit\n---\n'), 'Top-1'),
+    'card_without_metadata': (lambda f: edit_card(f, '# Hello\n'), 'license'),
+    'card_unreadable': (lambda f: edit_card(f, '---\na: [\n---\n'), 'README.md: its front matter cannot be read'),
 }
 
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
@@ -95,13 +95,6 @@ def test_private_model_needs_a_token(trained, packaged, hub, monkeypatch):
     assert torch.equal(loaded(images), trained.model(images))
 
 
-def test_no_network_and_an_empty_cache_is_an_error(packaged, hub):
-    hub.add_repo('owner/tiny', sent(packaged))
-    hub.close()
-    with pytest.raises(LocalEntryNotFoundError, match='check your connection'):
-        timm.create_model('hf-hub:owner/tiny', pretrained=True)
-
-
 def test_publishing_without_network_says_so(hub, publish):
     hub.close()
     code, _, err = publish()
@@ -174,7 +167,7 @@ def test_spoiled_folder_never_reaches_the_hub(packaged, hub, publish, tmp_path):
     folder = shutil.copytree(packaged, tmp_path / 'folder')
     (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
     code, _, err = publish(folder=folder)
-    assert code == 1 and 'pytorch_model.bin is not expected' in err and hub.requests == []
+    assert code == 1 and 'added: pytorch_model.bin' in err and hub.requests == []
 
 
 @pytest.mark.parametrize(
@@ -198,33 +191,23 @@ def test_without_the_right_to_write_nothing_changes(hub, publish, monkeypatch, t
 
 
 @pytest.mark.parametrize(
-    'kind, step, exists, flags',
+    'kind, step, flags',
     [
-        ('500', 'create', False, []),
-        ('drop', 'create', True, []),
-        ('500', 'preupload', False, []),
-        ('drop', 'preupload', True, ['--create-pr']),
-        ('500', 'batch', True, []),
-        ('drop', 'upload', False, []),
-        ('drop', 'upload', True, []),
-        ('500', 'commit', True, ['--create-pr']),
-        ('drop', 'commit', False, []),
+        ('500', 'create', []),
+        ('drop', 'preupload', ['--create-pr']),
+        ('500', 'batch', []),
+        ('drop', 'upload', []),
+        ('500', 'commit', ['--create-pr']),
+        ('drop', 'commit', []),
     ],
 )
-def test_a_fault_before_the_commit_changes_no_file_and_says_what_to_do(
-    packaged, hub, publish, kind, step, exists, flags
-):
-    if exists:
-        hub.add_repo('owner/tiny', OTHER)
+def test_a_fault_before_the_commit_changes_nothing_and_says_what_to_do(packaged, hub, publish, kind, step, flags):
+    hub.add_repo('owner/tiny', OTHER)
     before = hub.snapshot()
     hub.fault(kind, step)
     code, _, err = publish(*flags)
-    assert code == 1 and 'run the same command again' in err
+    assert code == 1 and 'run the same command again' in err and hub.snapshot() == before
     assert ('nothing was sent' if step == 'create' else 'all of it arrived or nothing') in err
-    if exists or step == 'create':
-        assert hub.snapshot() == before
-    else:
-        assert list(hub.files('owner/tiny')) == ['.gitattributes']
     hub.faults.clear()
     assert publish(*flags)[0] == 0, 'the remedy works'
     assert hub.files('owner/tiny', 'refs/pr/1' if flags else 'main').items() >= sent(packaged).items()
@@ -251,18 +234,11 @@ def test_a_passing_fault_is_survived(packaged, hub, publish):
     assert hub.files('owner/tiny').items() >= sent(packaged).items()
 
 
-@pytest.mark.parametrize('flags, place', [([], 'commits/main'), (['--create-pr'], 'discussions')])
-def test_lost_answer_to_a_commit_is_told(packaged, hub, publish, flags, place):
+def test_lost_answer_to_a_commit_is_told_and_running_again_settles_it(packaged, hub, publish):
     hub.add_repo('owner/tiny', OTHER)
     hub.fault('drop', 'answer', times=1)
-    code, _, err = publish(*flags)
-    assert code == 1 and f'arrived or nothing: see {hub.endpoint}/owner/tiny/{place} (' in err
-
-
-def test_running_again_settles_a_lost_answer(packaged, hub, publish):
-    hub.add_repo('owner/tiny', OTHER)
-    hub.fault('drop', 'answer', times=1)
-    publish()
+    code, _, err = publish()
+    assert code == 1 and f'arrived or nothing: see {hub.endpoint}/owner/tiny/commits/main (' in err
     head = hub.repos['owner/tiny'].refs['main']
     assert publish()[0] == 0 and hub.repos['owner/tiny'].refs['main'] == head
     assert hub.files('owner/tiny') == {**OTHER, **sent(packaged)}
@@ -276,18 +252,3 @@ def test_corrupted_download_is_found_by_checking_the_folder(packaged, hub, tmp_p
     bad = snapshot_download('owner/tiny', cache_dir=tmp_path / 'bad', endpoint=hub.endpoint)
     with pytest.raises(UserError, match='damaged|is not a config'):
         check_folder(bad)
-
-
-def test_cut_short_download_is_an_error(packaged, hub, tmp_path):
-    hub.add_repo('owner/tiny', sent(packaged))
-    hub.fault('drop', 'read')
-    with pytest.raises(Exception, match='peer closed connection'):
-        timm.create_model('hf-hub:owner/tiny', pretrained=True)
-
-
-def test_timm_reads_the_published_folder_by_revision(trained, packaged, hub):
-    commit = hub.add_repo('owner/tiny', sent(packaged))
-    hub.repos['owner/tiny'].commit('main', {})
-    images = torch.randn(2, 3, 32, 32)
-    loaded = timm.create_model(f'hf-hub:owner/tiny@{commit}', pretrained=True).eval()
-    assert torch.equal(loaded(images), trained.model(images))

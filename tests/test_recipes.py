@@ -146,23 +146,9 @@ def test_every_key_is_an_option_of_train_py_and_has_its_type(name, train_parser)
     assert not {key: value for key, value in recipe.items() if not fits(value, actions[key])}
 
 
-@pytest.mark.parametrize(
-    'option, value',
-    [
-        ('lr', '5e-3'),  # what YAML makes of 5e-3
-        ('epochs', 1.5),
-        ('epochs', True),
-        ('amp', 1),
-        ('decay_milestones', '82 123'),
-        ('decay_milestones', [82, '123']),
-        ('input_size', [3, 32]),
-        ('opt_kwargs', 'nesterov=True'),
-        ('train_size_schedule', 'linear'),
-    ],
-)
-def test_the_type_check_refuses(option, value, train_parser):
-    action = next(action for action in train_parser._actions if action.dest == option)
-    assert not fits(value, action)
+@pytest.mark.parametrize('value', ['5e-3', True, None])  # YAML takes 5e-3 for text
+def test_the_type_check_refuses_what_is_no_number(value, train_parser):
+    assert not fits(value, next(action for action in train_parser._actions if action.dest == 'lr'))
 
 
 def commands(name):
@@ -193,48 +179,19 @@ def test_recipe_registers_the_models(name):
     assert load(name)['device_modules'] == ['timm_regnet_reg']
 
 
-def learning_rates(name, updates_per_epoch, at, **overrides):
-    """Learning rate at the start of the epochs `at`, as train.py steps it, and the number of epochs in all."""
-    args = argparse.Namespace(**{**load(name), **overrides})
-    args.lr = args.lr_base
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
-    scheduler, num_epochs = create_scheduler_v2(
-        optimizer,
-        **scheduler_kwargs(args),
-        updates_per_epoch=updates_per_epoch,
-    )
-    rates = []
-    for epoch in at:
-        if getattr(args, 'sched_on_updates', False):
-            scheduler.step_update(epoch * updates_per_epoch)
-        else:
-            scheduler.step(epoch)
-        rates.append(optimizer.param_groups[0]['lr'])
-    return rates, num_epochs
-
-
-@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
-def test_cifar_schedule_is_the_papers(name):
-    """He et al., section 4.2: 64,000 updates in all, the rate divided by 10 at 32,000 and 48,000."""
-    rates, num_epochs = learning_rates(name, 390, [0, 81, 82, 122, 123, 163])
-    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    assert num_epochs * 390 == pytest.approx(64_000, rel=1e-2)
-
-
-def test_imagenet_schedule_is_the_papers():
-    rates, num_epochs = learning_rates('imagenet', 5004, [0, 29, 30, 59, 60, 89, 90, 99])
-    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
-    assert num_epochs == 100
-
-
-@pytest.mark.parametrize('name, epochs', [('cifar10_short', 30), ('cifar10_strong', 200)])
-def test_cosine_cifar_schedules_warm_up_and_end_at_zero(name, epochs):
-    rates, num_epochs = learning_rates(name, 390, range(epochs + 1))
-    assert num_epochs == epochs
-    assert rates[0] == pytest.approx(0.01)
-    assert rates[1] > 0.098
-    assert rates[1:] == sorted(rates[1:], reverse=True)
-    assert rates[epochs] == pytest.approx(0, abs=1e-8)
+@pytest.mark.parametrize('name, milestones', [('imagenet', [30, 60, 90]), ('cifar100', [82, 123])])
+def test_learning_rate_is_divided_by_ten_where_the_papers_divide_it(name, milestones):
+    """By epochs, as train.py steps it. That of CIFAR-10's recipes, update by update, is in test_resident.py."""
+    recipe = load(name)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe['lr_base'])
+    options = scheduler_kwargs(argparse.Namespace(**recipe))
+    scheduler, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=390)
+    assert epochs == {'imagenet': 100, 'cifar100': 164}[name]
+    for epoch in range(epochs):
+        scheduler.step(epoch)
+        scheduler.step_update(epoch * 390)
+        passed = sum(epoch >= milestone for milestone in milestones)
+        assert optimizer.param_groups[0]['lr'] == pytest.approx(0.1 / 10**passed)
 
 
 @pytest.mark.parametrize(
@@ -274,14 +231,6 @@ def image(pixels):
 
 
 cifar_recipes = pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
-
-
-@cifar_recipes
-def test_cifar_images_are_validated_untouched(name):
-    config = resolve_data_config(load(name), model=timm.create_model(CIFAR_MODEL))
-    transform = create_transform(**config, use_prefetcher=True)
-    pixels = noise(32)
-    assert torch.equal(torch.as_tensor(transform(image(pixels))), pixels)
 
 
 @cifar_recipes

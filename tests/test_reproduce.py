@@ -82,7 +82,7 @@ def test_results_are_kept_in_the_order_of_the_tables_and_once_a_run(tmp_path):
     found = [(result['model'], result['arguments'], result['seed']) for result in read_results(path)]
     plain, rnn = ROWS[0].model, ROWS[1].model
     assert found == [(plain, '', '1'), (rnn, '', '0'), (rnn, '', '1'), (stage.model, 'regulated_stages=(1,)', '0')]
-    with pytest.raises(UserError, match='has a row of this run'):
+    with pytest.raises(UserError, match='two rows'):
         add_result(path, create_result(stage, 0, 92))
 
 
@@ -127,18 +127,17 @@ def test_report_has_means_and_intervals_and_never_mixes_engines_or_settings(tmp_
         (dict(train_loss='inf'), 'cannot be'),
         (dict(images=''), 'invalid literal'),
         (dict(model='resnet50'), 'no row of the tables'),
-        (dict(dataset='mnist'), 'no row of the tables'),
         ({}, 'two rows'),
-        (b'', 'no results'),
-        (b'model\nx\n', 'has not the columns'),
-        (b'\xff\xfe\x00', 'cannot be read'),
+        (None, 'no results'),
+        ('model\nx\n', 'has not the columns'),
+        ('\udcff', 'cannot be read'),
     ],
 )
 def test_damaged_results_make_no_table(change, message, tmp_path, capsys):
-    with open(tmp_path / 'cifar10.csv', 'wb' if isinstance(change, bytes) else 'w', newline=None) as file:
-        if isinstance(change, bytes):
-            file.write(change)
-        else:
+    if isinstance(change, str):
+        (tmp_path / 'cifar10.csv').write_text(change, errors='surrogateescape')
+    elif change is not None:
+        with open(tmp_path / 'cifar10.csv', 'w', newline='') as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows([{**create_result(ROWS[0], 0, 90.0), **change}] * (1 if change else 2))
@@ -194,17 +193,16 @@ def test_a_run_is_trained_once_and_goes_on_and_another_process_has_its_own(clone
     'more, message',
     [
         (['--report'], 'no results yet'),
-        (['--data-dir', 'nowhere'], 'holds images of 0 classes'),
         (['--data-dir', 'a' * 300], 'of 0 classes'),
         (['nowhere.py', '--data-dir', 'data'], 'expected train.py'),
         (['train.py', '--data-dir', 'data', '--minutes', '1'], 'no --minutes'),
-        (['--data-dir', 'data', '--schedule', 'strong'], 'no such file'),
+        (['--data-dir', 'data', '--schedule', 'strong'], 'No such file'),
         (['--data-dir', 'data', '--device', 'gpu'], '--device gpu'),
         (['--data-dir', 'data', '--models', 'resnet18'], 'not in --table'),
         (['--data-dir', 'data', '--results', 'train.py'], 'cannot be written'),
         (['--data-dir', 'data', '--output', 'a' * 300], 'cannot be written'),
-        ('- a', 'cannot be read as a recipe'),
-        ('a: [', 'cannot be read as a recipe'),
+        ('- a', 'is no recipe'),
+        ('a: [', 'is no recipe'),
         ('epochs: 1', 'no batch_size'),
     ],
 )
@@ -225,41 +223,44 @@ def test_train_py_that_fails_is_reported_with_the_end_of_its_log_and_other_runs_
     assert '2 of 2 runs are not done' in error and 'out of disk' in error
 
 
-@pytest.mark.parametrize('figures, loss', [('1,0.5,90,99', 0.5), ('1,nan,10,50', None)])
-def test_train_py_goes_on_with_the_run_the_package_and_another_seed(figures, loss, tmp_path, parsers):  # noqa: F811
+@pytest.mark.parametrize('loss', ['0.5', 'nan'])
+def test_train_py_goes_on_with_the_run_the_package_and_another_seed(loss, tmp_path, parsers):  # noqa: F811
     """train.py's random numbers begin at the seed whenever it starts: after a stop they must be others."""
     script, folder = tmp_path / 'train.py', tmp_path / 'run'
     script.write_text(
-        'import argparse, json, sys, torch, timm_regnet_reg\n'
+        'import json, sys, timm_regnet_reg\n'
         f'open({str(tmp_path / "given")!r}, "w").write(json.dumps([sys.argv[1:], timm_regnet_reg.__file__]))\n'
-        f'open("{folder}/summary.csv", "a").write("epoch,train_loss,eval_top1,eval_top5\\n{figures}\\n")\n'
-        f'torch.save({{"epoch": 1, "args": argparse.Namespace()}}, "{folder}/last.pth.tar")\n'
+        f'open("{folder}/summary.csv", "a").write("epoch,train_loss,eval_top1,eval_top5\\n1,{loss},90,99\\n")\n'
     )
     folder.mkdir()
-    torch.save({'epoch': 0, 'args': argparse.Namespace()}, folder / 'last.pth.tar')
+    (folder / 'last.pth.tar').write_text('of the first epoch')
     (folder / 'summary.csv').write_text('epoch,train_loss,eval_top1,eval_top5\n0,2.0,30,80\n1,1.4')
     row = TABLES['stages'][3]
     run = create_run(row, seed=2, engine='train.py', recipe={**RECIPE, 'epochs': 2})
     options = [str(script), *reproduce._options(run, Path('cifar10.yaml'))]
-    if loss is None:
+    if loss == 'nan':
         with pytest.raises(UserError, match='diverged'):
             reproduce.train_by_script(run, folder, options)
     else:
-        figures = {'top1': 90, 'top5': 99, 'train_loss': loss, 'seconds': ''}
+        figures = {'top1': 90, 'top5': 99, 'train_loss': 0.5, 'seconds': ''}
         assert reproduce.train_by_script(run, folder, options) == figures
     given, package = json.loads((tmp_path / 'given').read_text())
     args = parsers['train.py'].parse_args(given)
     assert package == timm_regnet_reg.__file__
-    assert (args.model, args.model_kwargs, args.seed) == (row.model, row.kwargs, 1002)
+    assert (args.model, args.model_kwargs) == (row.model, row.kwargs) and args.seed % 1000 == 2 < args.seed
     assert args.resume == str(folder / 'last.pth.tar')
 
 
-def test_timms_train_py_makes_a_row(train_script, clone, capsys):  # noqa: F811
+def test_timms_train_py_makes_a_row_and_one_that_was_complete_is_not_trained_again(train_script, clone, capsys):  # noqa: F811
     command = ['reproduce', str(train_script), '--data-dir', 'data', '--models', 'cifar_resnet20', '--device', 'cpu']
-    assert main([*command, '--results', 'results']) == 0
-    [result] = read_results(Path('results', 'cifar10.csv'))
+    assert main([*command, '--results', 'elsewhere']) == 0
     [folder] = [path for path in Path('runs').iterdir() if path.is_dir()]
-    assert float(result['top1']) == pytest.approx(reproduce.read_summary(folder)[1]['eval_top1'], abs=1e-3)
+    lines = (folder / 'summary.csv').read_text().splitlines()
+    assert main([*command, '--results', 'results']) == 0
+    assert (folder / 'summary.csv').read_text().splitlines() == lines
+    [result] = read_results(Path('results', 'cifar10.csv'))
+    epochs = list(csv.DictReader(lines))
+    assert float(result['top1']) == pytest.approx(float(epochs[1]['eval_top1']), abs=1e-3)
     assert (result['engine'], result['epochs'], result['images']) == ('train.py', '2', '10')
     assert main([*command, '--results', 'results']) == 0
     assert '1 of 1 runs were done before' in capsys.readouterr().out

@@ -1,10 +1,8 @@
 """`similarity` against the papers' formulas written plainly in float64, and what it prints, writes and refuses."""
 
-import csv
 import importlib.util
 import itertools
 import random
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -51,14 +49,6 @@ class Function(nn.Module):
         self.forward = function
 
 
-def compare(function, batches=2, n=16, features=5):
-    """CKA and cosine similarity of a block's random output and a function of it, which the next block gives."""
-    torch.manual_seed(0)
-    model = nn.Sequential(OrderedDict(layer1=nn.Sequential(nn.Identity(), Function(function))))
-    values = similarity(model, torch.randn(batches, n, features)).values
-    return [values[measure][0, 1].item() for measure in (CKA, COSINE)]
-
-
 @pytest.fixture
 def run(image_folder, packaged, tmp_path, capsys):
     """Runs the command, on a packaged network unless told otherwise. Returns exit code, stdout and stderr."""
@@ -76,7 +66,6 @@ def run(image_folder, packaged, tmp_path, capsys):
     [
         (PLAIN, {}, (3, 16, 16)),
         (MODEL, {}, (3, 16, 16)),
-        ('regnet_reg_resnet20_convgru', {'regulated_stages': (2,)}, (3, 16, 16)),
         ('seresnet50', {}, (3, 32, 32)),
         ('regnet_reg_resnet18_convrnn', {}, (3, 32, 32)),
     ],
@@ -108,37 +97,22 @@ def test_values_are_those_of_the_papers_formulas(name, kwargs, shape):
     assert stages == [f'layer{i}' for i in range(1, 4 if 'resnet20' in name else 5)]
 
 
-@pytest.mark.parametrize(
-    'function, same_direction',
-    [
-        (lambda x: 1000 * x, True),
-        (lambda x: x @ torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1))).Q, False),
-        (lambda x: x + 100, False),
-    ],
-)
-def test_cka_of_an_output_scaled_shifted_or_rotated_is_one(function, same_direction):
-    linear_cka, cosine_similarity = compare(function)
-    assert linear_cka == pytest.approx(1, abs=1e-5)
-    assert (cosine_similarity == pytest.approx(1, abs=1e-6)) == same_direction
+def test_means_over_neighbours_are_printed_and_all_values_drawn(run, packaged, image_folder, tmp_path, monkeypatch):
+    models, results = (PLAIN, f'local-dir:{packaged}'), []
 
+    def spy(model, batches):
+        results.append(similarity(model, batches))
+        return results[-1]
 
-def test_printed_means_are_those_of_the_values_written_beside_the_figure(run, packaged, image_folder, tmp_path):
-    models = PLAIN, f'local-dir:{packaged}'
+    monkeypatch.setattr(command, 'similarity', spy)
     code, out, _ = run('--images', 9, models=models)
     assert code == 0
-    with open(tmp_path / 'new' / 'folder' / 'similarity.csv', newline='') as file:
-        values = {(r['model'], r['measure'], r['block a'], r['block b']): r['value'] for r in csv.DictReader(file)}
-    pairs = list(itertools.combinations(BLOCKS, 2))
-    assert list(values) == [(model, measure, *pair) for model in models for measure in (CKA, COSINE) for pair in pairs]
-    assert all((value == '') == (measure == COSINE and a[:6] != b[:6]) for (_, measure, a, b), value in values.items())
     expected = [f'9 images of {image_folder / "validation"}']
     for measure in (CKA, COSINE):
         expected += [f'| {measure} of neighbours | all stages | layer1 | layer2 | layer3 |', f'|---|{4 * "---:|"}']
-        for model in models:
-            stages = [
-                [float(values[model, measure, f'layer{stage}.{i}', f'layer{stage}.{i + 1}']) for i in (0, 1)]
-                for stage in (1, 2, 3)
-            ]
+        for model, (blocks, values) in zip(models, results, strict=True):
+            assert blocks == BLOCKS
+            stages = [[values[measure][i, i + 1].item() for i in (first, first + 1)] for first in (0, 3, 6)]
             means = [sum(stages, []), *stages]
             expected.append(f'| {model} | {" | ".join(f"{sum(mean) / len(mean):.3f}" for mean in means)} |')
         expected.append('')
@@ -190,7 +164,7 @@ def test_a_stage_of_one_block_has_no_neighbours(run, tmp_path, monkeypatch):
         (['--images', 3], '3 of the 12 images of '),
         (['--split', 'test'], 'no such file or folder'),
         (['--device', 'abacus'], '--device abacus: expected cpu'),
-        (['--output', __file__], 'cannot be written to'),
+        (['--output', __file__], 'cannot be written'),
     ],
 )
 def test_what_cannot_work_is_told_before_a_model_is_loaded(run, args, message, monkeypatch):
@@ -213,14 +187,11 @@ def test_other_networks_are_refused(run, monkeypatch):
     assert 'mobilenet: is a MobileNetV3; expected a timm.models.ResNet, plain or regulated' in err
 
 
-@pytest.mark.parametrize(
-    'value, message',
-    [(float('nan'), 'layer2.1 gives infinities or NaN'), (0.0, 'layer2.1 gives the same for all of 4 images')],
-)
+@pytest.mark.parametrize('value', [float('nan'), 0.1])
 @pytest.mark.parametrize('name', [PLAIN, MODEL])
-def test_a_block_whose_output_says_nothing_is_named(name, value, message):
+def test_a_block_whose_output_says_nothing_is_named(name, value):
     model = timm.create_model(name).eval()
     model.layer2[1].act2 = Function(lambda x: torch.full_like(x, value))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match='layer2.1 gives infinities, NaN or the same for all of 4 images'):
         similarity(model, [torch.randn(4, 3, 16, 16)])
     assert not any(module._forward_hooks for module in model.modules())

@@ -5,12 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-import timm
-import torch
 import torchvision
 
 from timm_regnet_reg.commands import table
-from timm_regnet_reg.papers.flops import count
 from timm_regnet_reg.regnet_reg import BACKBONES, CIFAR_BACKBONES
 
 README = Path(__file__).resolve().parents[1] / 'README.md'
@@ -50,21 +47,10 @@ def test_multiply_adds_of_a_regulator_are_those_of_its_convolutions(cell, first_
     )
 
 
-def test_counts_grow_with_the_batch_and_work_on_real_tensors():
-    model = timm.create_model('regnet_reg_resnet20_convlstm').eval()
-    parameters, one = count(model, torch.zeros(1, 3, 32, 32))
-    assert (parameters, one) == table._count('regnet_reg_resnet20_convlstm')
-    assert count(model, torch.zeros(3, 3, 32, 32)) == (parameters, 3 * one)
-
-
 def test_every_backbone_has_a_row(monkeypatch, capsys):
-    monkeypatch.setattr(table, 'row', lambda backbone: f'| {backbone} |')
+    monkeypatch.setattr(table, 'row', lambda backbone: backbone)
     table.main(argparse.Namespace())
-    assert capsys.readouterr().out.splitlines() == [
-        '| backbone | input | plain | ConvRNN | ConvGRU | ConvLSTM |',
-        '|---|---|---:|---:|---:|---:|',
-        *(f'| {backbone} |' for backbone in [*BACKBONES, *CIFAR_BACKBONES]),
-    ]
+    assert capsys.readouterr().out.splitlines() == [*table.header(), *BACKBONES, *CIFAR_BACKBONES]
 
 
 def test_readme_shows_the_table_as_printed():

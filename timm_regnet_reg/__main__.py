@@ -65,15 +65,12 @@ def _spare_the_cores(args: argparse.Namespace) -> None:
 
 def _flush(text: str = '') -> Optional[OSError]:
     """Writes out what was printed, and `text`; if that fails, drops it, as python would try again, and says why."""
-    failure = None
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.write(text)
-            stream.flush()
-        except OSError as error:
-            failure, text = error, ''
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return failure
+    try:
+        print(end=text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -108,21 +105,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         message = str(error)
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        message = f'out of memory ({error}); give a smaller batch or smaller images'
     except OSError:
         failure = _flush('\n')  # nothing may be left to write: does anything go through?
         if failure is None:
             raise
-    except (MemoryError, RuntimeError) as error:  # the last is how the CPU's allocator signs
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and 'DefaultCPUAllocator' not in str(error):
-            raise
-        message = f'out of memory ({str(error).partition(chr(10))[0]}); give a smaller batch or smaller images'
     except SystemExit:
         _flush()
         raise
     failure = failure or _flush()
-    if isinstance(failure, BrokenPipeError) and not message:
-        return 141
     if failure and not message:
+        if isinstance(failure, BrokenPipeError):
+            return 141
         message = f'the output cannot be written: {failure}'
     if message:
         # here, where the error's frames are gone, and their progress bars with them: the message starts a line

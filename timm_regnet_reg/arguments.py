@@ -7,28 +7,22 @@ __all__ = ['DEFAULT_MODEL', 'add_data', 'add_device', 'add_model', 'count', 'pos
 DEFAULT_MODEL = 'regnet_reg_resnet20_convlstm'
 
 
+def count(text: str, least: int = 0) -> int:
+    """An argument type: a whole number of up to nine digits, as none here is larger for good reason."""
+    if not text.isdecimal() or len(text) > 9 or int(text) < least:
+        raise argparse.ArgumentTypeError(f'{text!r} was given, expected a whole number from {least} to 999999999')
+    return int(text)
+
+
 def positive(text: str) -> int:
-    """An argument type: a whole number from 1 on, of up to nine digits, as none here is larger for good reason."""
-    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} was given, expected a whole number from 1 to 999999999')
-    return int(text)
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9:
-        raise argparse.ArgumentTypeError(f'{text!r} was given, expected a whole number from 0 to 999999999')
-    return int(text)
+    return count(text, least=1)
 
 
 def words(text: str) -> str:
     """An argument type: text in one line, and not nothing."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f'{text!r} was given, expected a word or more')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f'{text!r} was given, expected text in UTF-8') from error
-    return ' '.join(text.split())
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f'{text!r} was given, expected a word or more in one line')
+    return text.strip()
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

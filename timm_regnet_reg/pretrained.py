@@ -6,7 +6,6 @@ Hub repository of the model holds: `config.json`, `model.safetensors` and the mo
 nothing yet: the outputs are the backbone's.
 """
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from .regulate import check_regulated
 __all__ = [
     'WEIGHTS_FOLDER',
     'check_weights',
-    'file_sha256',
     'filter_checkpoint',
     'packaged_args',
     'prepare_checkpoint',
@@ -37,12 +35,6 @@ __all__ = [
 WEIGHTS_FOLDER = Path(__file__).parent / 'pretrained_cfgs'
 if not WEIGHTS_FOLDER.is_dir():
     WEIGHTS_FOLDER = Path(__file__).parent.parent / 'pretrained_cfgs'
-
-
-def file_sha256(path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, 'rb') as file:
-        return hashlib.sha256(file.read()).hexdigest()
 
 
 def trained_cfgs() -> Dict[str, PretrainedCfg]:

@@ -12,8 +12,8 @@ A backbone is measured plain, regulated by each cell, and, on the CPU, with two 
 
 at training (forward and backward, no optimizer) and inference; on the CPU also reparameterised, with batch norms fused
 with convolutions: regulated networks by timm.utils.reparameterize_model, the plain one by torch.fx. On a GPU each cell
-is measured with fused time steps, too, and of each network the kernels alone, their number, and a step in a CUDA graph.
-All run in channels_last, and cuDNN chooses its algorithms by trial, as in timm's train.py.
+is measured with fused time steps, too, and of each network the kernels alone and a step in a CUDA graph. All run in
+channels_last, and cuDNN chooses its algorithms by trial, as in timm's train.py.
 
 A table is printed for each backbone, row by row as it is measured. Repeats are interleaved: every network once, then
 every network once again. Figures are medians; "speed ÷ plain" is the plain network's time by the network's in the same
@@ -26,12 +26,8 @@ leaves out what oneDNN allocates by itself inside of an operation; on a GPU it i
 """
 
 import argparse
-import os
-import platform
-import re
 import statistics
 import traceback
-from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import timm
@@ -39,7 +35,6 @@ import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
 from torch.fx.experimental.optimization import fuse
-from tqdm import tqdm
 
 import timm_regnet_reg
 
@@ -48,29 +43,23 @@ from ..cells import CELLS
 from ..errors import UserError
 from ..papers.baselines import BASELINES, PLAIN, create
 from ..papers.tables import header, row
-from ..papers.timing import Step, capture, inference_step, kernels, peak_memory, stopwatch, training_step
+from ..papers.timing import Step, capture, inference_step, kernel_time, peak_memory, stopwatch, training_step
 from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 from ..weights.scoring import check_device
 
 __all__ = ['Bench']
 
-Steps = Dict[str, Any]  # of each column, or what was made of it
 Figures = Dict[str, List[float]]  # of each column, repeat by repeat
 FUSED = ' fused'
 
 
 class Bench:
-    """Measures networks side by side, and prints a row of a Markdown table for each kind of figure."""
+    """Measures networks side by side, and prints a row of a Markdown table for each kind of figure.
+
+    `networks` are names as `create` takes them; with `gpu` also what only a GPU has: fused steps, kernels and graphs.
+    """
 
     def __init__(self, networks: List[str], repeats: int, device: torch.device, amp: bool, gpu: bool) -> None:
-        """
-        Args:
-            networks: Names as `create` takes them.
-            repeats: How often each is timed.
-            device: Where.
-            amp: In bfloat16 autocast, and not in float32.
-            gpu: Measure what only a GPU has: fused time steps, kernels and graphs.
-        """
         self.networks, self.repeats, self.device, self.amp, self.gpu = networks, repeats, device, amp, gpu
         self.columns = [*networks, *(name + FUSED for name in networks if gpu and name in CELLS)]
         self.failures: List[str] = []
@@ -78,10 +67,7 @@ class Bench:
     def run(self, backbone: str, batch_size: int, compile: bool) -> None:
         """Prints the table of a backbone, 'resnet20', say; with `compile` also of its networks compiled."""
         torch.manual_seed(0)
-        models = {
-            name: model.to(memory_format=torch.channels_last)
-            for name, model in create(backbone, self.networks, self.device).items()
-        }
+        models = create(backbone, self.networks, self.device)
         size = timm.get_pretrained_cfg(f'regnet_reg_{backbone}_convlstm').input_size
         images = torch.randn(batch_size, *size, device=self.device).contiguous(memory_format=torch.channels_last)
         print(f'\n{backbone}, batch {batch_size}, {"x".join(map(str, size[1:]))}\n')
@@ -110,7 +96,7 @@ class Bench:
             steps = self._steps(compared, lambda model: make(torch.compile(model, fullgraph=True)))
             self._measure(f'{what}, compiled', steps, memory=make is train)
 
-    def _steps(self, models: Dict[str, nn.Module], make: Callable[[nn.Module], Step]) -> Steps:
+    def _steps(self, models: Dict[str, nn.Module], make: Callable[[nn.Module], Step]) -> Dict[str, Step]:
         """A step for each column whose network is among the models; what is fused is switched before it runs."""
 
         def switched(step: Step, fused: bool) -> Step:
@@ -123,84 +109,60 @@ class Bench:
         names = {column: column.removesuffix(FUSED) for column in self.columns}
         return {c: switched(make(models[name]), c != name) for c, name in names.items() if name in models}
 
-    def _measure(self, what: str, steps: Steps, memory: bool = False) -> None:
+    def _measure(self, what: str, steps: Dict[str, Step], memory: bool = False) -> None:
         self._time(what, steps)
         if memory:
             self._memory(what, steps)
         if self.gpu:
-            times = self._each(f'{what}, kernels', kernels, dict(steps))
-            self._row(f'{what}, kernels', {name: [len(seconds)] for name, seconds in times.items()}, 0)
-            self._compare(f'{what}, kernels alone', 'speed', 'ms', 1e3, {n: [sum(t)] for n, t in times.items()})
-            self._time(f'{what}, in a graph', self._each(f'{what}, capture', capture, dict(steps)))
+            self._compare(f'{what}, kernels alone', 'ms', self._each(what, lambda step: [kernel_time(step)], {**steps}))
+            self._time(f'{what}, in a graph', self._each(f'{what}, capture', capture, {**steps}))
 
-    def _time(self, what: str, steps: Steps) -> None:
+    def _time(self, what: str, steps: Dict[str, Step]) -> None:
         watches = self._each(what, stopwatch, steps)
-        times: Figures = {name: [] for name in watches}
-        for repeat in range(1, self.repeats + 1):
-            seconds = self._each(f'{what}, repeat {repeat} of {self.repeats}', lambda watch: watch(), watches)
-            times = {name: [*times[name], seconds[name]] for name in seconds}
-        self._compare(what, 'speed', 'ms', 1e3, times)
+        repeats = [self._each(what, lambda watch: watch(), watches) for _ in range(self.repeats)]
+        self._compare(what, 'ms', {name: [seconds[name] for seconds in repeats] for name in watches})
 
-    def _memory(self, what: str, steps: Steps) -> None:
+    def _memory(self, what: str, steps: Dict[str, Step]) -> None:
         peaks = self._each(f'{what}, memory', lambda step: [peak_memory(step, self.device)], steps)
-        self._compare(what, 'memory', 'peak memory, MiB', 2**-20, peaks)
+        self._compare(what, 'peak memory, MiB', peaks)
 
-    def _each(self, what: str, function: Callable[[Any], Any], steps: Steps) -> Dict[str, Any]:
+    def _each(self, what: str, function: Callable[[Any], Any], steps: Dict[str, Any]) -> Dict[str, Any]:
         """The function's value for each step; one for which it fails is told, and taken out."""
         values = {}
-        for name, step in tqdm(list(steps.items()), what, leave=False, disable=None):
+        for name, step in list(steps.items()):
             try:
                 values[name] = function(step)
             except Exception as error:  # whatever a compiler, a kernel or an allocator stumbles over
-                told = f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
-                if not any(told in failure for failure in self.failures):
-                    traceback.print_exc()
-                self.failures.append(f'{what}, {name} ({told})')
+                traceback.print_exc()
+                told = (str(error).strip().splitlines() or [''])[0]
+                self.failures.append(f'{what}, {name} ({type(error).__name__}: {told})')
                 del steps[name]
         return values
 
-    def _compare(self, what: str, kind: str, unit: str, scale: float, values: Figures) -> None:
-        """A row of each network's values, and one that compares them with the plain network's of the same repeat."""
-        self._row(f'{what}, {unit}', {name: [scale * x for x in xs] for name, xs in values.items()})
+    def _compare(self, what: str, unit: str, values: Figures) -> None:
+        """A row of medians of seconds or bytes, and one of ratios to the plain network's of the same repeat."""
+        kind, scale = ('speed', 1e3) if unit == 'ms' else ('memory', 2**-20)
+        rows = {unit: {name: [scale * x for x in xs] for name, xs in values.items()}}
         if PLAIN in values:
             pairs = {name: list(zip(values[PLAIN], xs)) for name, xs in values.items()}
-            ratios = {name: [p / x if kind == 'speed' else x / p for p, x in pairs[name]] for name in pairs}
-            self._row(f'{what}, {kind} ÷ plain', ratios)
-
-    def _row(self, what: str, figures: Figures, digits: int = 2) -> None:
-        """The medians of each column's figures, and how far the farthest figure is from its median."""
-        medians = {name: statistics.median(values) for name, values in figures.items()}
-        spread = max((abs(x / medians[name] - 1) for name, values in figures.items() for x in values), default=0)
-        cells = [f'{medians[name]:.{digits}f}' if name in medians else '' for name in self.columns]
-        print(row([what, *cells, f'±{spread:.0%}' if spread else '']), flush=True)
-
-
-def _machine(device: torch.device) -> str:
-    """The machine in a line, without its name."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists('/proc/cpuinfo'):  # Linux, where platform.processor() seldom knows
-        named = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
-        cpu = named[1] if named else cpu
-    cpu = f'{cpu} ({torch.backends.cpu.get_cpu_capability()}), threads used: {torch.get_num_threads()}'
-    gpu = f'{torch.cuda.get_device_name(device)}; ' if device.type == 'cuda' else ''
-    python = f'Python {platform.python_version()}, {platform.system()}'
-    return f'{gpu}{cpu} of {os.cpu_count()}; torch {torch.__version__}, timm {timm.__version__}, {python}'
+            rows[f'{kind} ÷ plain'] = {n: [p / x if kind == 'speed' else x / p for p, x in pairs[n]] for n in pairs}
+        for title, figures in rows.items():
+            medians = {name: statistics.median(xs) for name, xs in figures.items()}
+            spread = max((abs(x / medians[name] - 1) for name, xs in figures.items() for x in xs), default=0)
+            cells = [f'{medians[name]:.2f}' if name in medians else '' for name in self.columns]
+            print(row([f'{what}, {title}', *cells, f'±{spread:.0%}' if spread else '']), flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = [*CELLS, *BASELINES]
     parser.add_argument(
-        '--backbone',
-        choices=[*CIFAR_BACKBONES, *BACKBONES],
-        metavar='NAME',
-        help='resnet20, resnext50_32x4d, … (default: resnet20 and resnet50)',
+        '--backbone', choices=[*CIFAR_BACKBONES, *BACKBONES], metavar='NAME', help='resnet20, resnet50, …'
     )
     parser.add_argument(
         '--networks',
         nargs='+',
-        choices=names,
+        choices=[*CELLS, *BASELINES],
         metavar='NAME',
-        help=f'what to compare with the plain one: {", ".join(names)} (default: all; on a GPU the first three)',
+        help=f'{", ".join([*CELLS, *BASELINES])}: beside the plain one (default: all; on a GPU the cells)',
     )
     parser.add_argument(
         '--batch-size',
@@ -212,17 +174,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--threads', type=positive, metavar='N', help="CPU threads (default: torch's)")
     parser.add_argument('--device', help='cpu, cuda, cuda:1 and the like (default: cuda where there is one, else cpu)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast (default: float32)')
-    parser.add_argument(
-        '--compile', action='store_true', help='measure compiled networks, too, each of which takes minutes'
-    )
+    parser.add_argument('--compile', action='store_true', help='compiled networks, too: minutes for each')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure and print.
-
-    Raises:
-        UserError: No such device, or something could not be measured.
-    """
+    """Measure and print; a UserError if something could not be measured."""
     device = check_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     gpu = device.type == 'cuda'
     if args.backbone:
@@ -237,7 +193,9 @@ def main(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
     precision = 'bfloat16 autocast' if args.amp else 'float32'
-    print(_machine(device), f'Medians of {args.repeats} repeats; {precision}, channels_last', sep='\n')
+    name = torch.cuda.get_device_name(device) if gpu else f'CPU, {torch.backends.cpu.get_cpu_capability()}'
+    print(f'{name}, {torch.get_num_threads()} threads; torch {torch.__version__}, timm {timm.__version__}')
+    print(f'Medians of {args.repeats} repeats; {precision}, channels_last')
     bench = Bench(networks, args.repeats, device, args.amp, gpu)
     # one that isn't the default: see `capture`
     with torch.cuda.stream(torch.cuda.Stream(device) if gpu else None):

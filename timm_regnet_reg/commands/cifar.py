@@ -23,7 +23,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from ..errors import UserError, reason
-from ..papers.cifar import CLASSES, SIZE, SIZES, find_files
+from ..papers.cifar import CLASSES, SIZE, SIZES
 from ..weights.files import check_writable
 
 # an image, its class, and the name of its file
@@ -61,22 +61,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write `args.dir` from torchvision's data set or the folder `args.source`.
-
-    Raises:
-        UserError: The folder can't be written or isn't empty, the source lacks images or has others than CIFAR's, or
-            the download failed. No image is left of an attempt that failed.
-    """
+    """Writes `args.dir` from torchvision's data set or the folder `args.source`; no image is left of a failure."""
     folder = Path(os.path.realpath(args.dir))
     exists = os.path.isdir(folder)
     if exists and any(not name.startswith('.') for name in os.listdir(folder)):
         raise UserError(f'{args.dir}: exists already and is not empty; give another folder, or move it away')
     check_writable(folder, folder=True)
     if args.source is not None:
-        files = {split: find_files(Path(args.source, split), args.dataset) for split in SIZES}
-        train, validation = ({file.parent.name for file in files[split]} for split in SIZES)
-        if only := ', '.join(sorted(train ^ validation)):
-            raise UserError(f'{args.source}: train and validation hold different classes; only one of them has {only}')
+        if not os.path.isdir(args.source):
+            raise UserError(f'{args.source or repr(args.source)}: no such folder; expected <split>/<class>/*.png in it')
+        files = {split: sorted(Path(args.source).glob(f'{split}/*/*.png')) for split in SIZES}
+        names = {split: {file.parent.name for file in found} for split, found in files.items()}
+        if len(names['train']) != CLASSES[args.dataset] or names['train'] != names['validation']:
+            raise UserError(
+                f'{args.source}: holds PNG images of {len(names["train"])} classes in train/ and '
+                f'{len(names["validation"])} in validation/, expected the same {CLASSES[args.dataset]} in both'
+            )
 
     try:
         # within the folder, which may be a mount point, or somebody's working directory, and stays what it is

@@ -145,14 +145,10 @@ def _images(data_dir: str, model: nn.Module, data_config: Dict[str, Any]) -> Tup
 
     training = ImageFolder(Path(data_dir, 'train'), data_config, model.num_classes, transform=as_used)
     validation = ImageFolder(Path(data_dir, 'validation'), data_config, model.num_classes)
-    check_same_classes(validation, Path(data_dir, 'train'))
+    check_same_classes(validation, training.label_names, training.reader.root)
     labels = model.pretrained_cfg.get('label_names')
-    if isinstance(labels, (list, tuple)) and list(labels) != validation.label_names:
-        mine, other = next(pair for pair in zip(validation.label_names, labels) if pair[0] != pair[1])
-        raise UserError(
-            f"{data_dir}: its classes are not the model's ({mine} instead of {other}), so labels would be mistaken; "
-            'rename the folders'
-        )
+    if isinstance(labels, (list, tuple)):
+        check_same_classes(validation, labels, 'the model')
     chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
     return Subset(training, chosen.tolist()), validation
 
@@ -173,12 +169,12 @@ def main(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.suffix != '.onnx':
         raise UserError(f'{output}: expected a file name that ends in .onnx')
-    quantized = output.with_suffix('.int8.onnx')
-    for path in (output, quantized) if args.int8 is not None else (output,):
-        check_writable(path)
+    check_writable(output)
     model = load_model(args.model)
     data_config = resolve_data_config(model=model)
     if args.int8 is not None:
+        quantized = output.with_suffix('.int8.onnx')
+        check_writable(quantized)
         calibration, validation = _images(args.int8, model, data_config)
 
     with replacing(output) as file:
@@ -203,9 +199,8 @@ def main(args: argparse.Namespace) -> None:
             quantize(output, file, (images for images, _ in batches))
         int8 = score(OnnxModel(file, model.num_classes), validation, data_config, desc='scoring int8')
     for path, result in ((output, full), (quantized, int8)):
-        print(
-            f'{path}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images, {_size(path)}'
-        )
+        told = f'top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images'
+        print(f'{path}: {told}, {_size(path)}')
 
 
 def _size(path: Path) -> str:

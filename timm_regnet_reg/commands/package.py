@@ -17,6 +17,7 @@ import timm
 import torch
 import yaml
 from timm.data import resolve_input_data_config
+from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import clean_state_dict, is_model
 from timm.models._input import get_model_args
 from timm.utils import load_checkpoint_metadata
@@ -27,9 +28,6 @@ from ..pretrained import check_weights
 from ..weights.folder import check_replaceable, save_folder
 from ..weights.inference import try_image
 from ..weights.scoring import ImageFolder, check_device, check_same_classes, score, split_folder
-
-TAG = re.compile(r'[A-Za-z0-9_]{1,64}')
-AUXILIARY = 'the auxiliary norms are left out, for they serve training alone'
 
 # What a pretrained_cfg says of somebody else's weights; a new checkpoint inherits none of it.
 _PROVENANCE = (
@@ -46,19 +44,18 @@ def read_checkpoint(path: str, use_ema: bool = False) -> Tuple[Dict[str, torch.T
     """
     try:
         checkpoint = load_checkpoint_metadata(path)
-    except FileNotFoundError as error:
-        raise UserError(f'{path}: no such file; give a checkpoint that train.py wrote (last.pth.tar, say)') from error
     except Exception as error:  # torch raises whatever it stumbles over
         raise UserError(
-            f'{path}: cannot be read as a checkpoint ({reason(error).splitlines()[0]}); it is truncated, damaged, of '
-            'another kind, or holds Python objects, which could run code. Copy it again, or take another checkpoint '
-            'of the same run (last.pth.tar, checkpoint-N.pth.tar)'
+            f'{path}: cannot be read as a checkpoint ({reason(error).splitlines()[0]}); it is missing, damaged, of '
+            'another kind, or holds Python objects, which could run code. Take another checkpoint of the same run'
         ) from error
-    key = 'state_dict_ema' if use_ema else 'state_dict'
     try:
-        if use_ema and key not in checkpoint:
+        if use_ema and 'state_dict_ema' not in checkpoint:
             raise UserError(f'{path}: holds no EMA weights; train with --model-ema, or leave --use-ema out')
-        return clean_state_dict(checkpoint[key]), dict(vars(checkpoint['args'])), int(checkpoint['epoch']) + 1
+        state_dict = clean_state_dict(checkpoint['state_dict_ema' if use_ema else 'state_dict'])
+        # --split-bn's auxiliary norms serve training alone
+        state_dict = {key: value for key, value in state_dict.items() if '.aux_bn.' not in key}
+        return state_dict, dict(vars(checkpoint['args'])), int(checkpoint['epoch']) + 1
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: is not a checkpoint of train.py, which holds 'state_dict', 'args' and 'epoch' ({error!r})"
@@ -95,17 +92,17 @@ def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tu
     options = {key: run[key] for key in keys if run.get(key) not in (None, {})}
     processes = train_args.get('world_size', 1)
     launch = 'python' if processes == 1 else f'torchrun --nproc_per_node={processes}'
-    notes = [
+    how = (
         f"Save these options as `args.yaml`, then run timm's own script, on data as `{name}` wants it: "
-        f'`{launch} train.py --config args.yaml --data-dir DIR`.',
-        f'They are those that `{name}` names, as the run had them; what else its command line said is not here.',
-    ]
+        f'`{launch} train.py --config args.yaml --data-dir DIR`. They are those that `{name}` names, as the run had '
+        'them; what else its command line said is not here.'
+    )
     if ':' in str(train_args.get('model')):
-        notes.append('The run started from the network of a folder or repository.')
+        how += ' The run started from the network of a folder or repository.'
     if train_args.get('resume'):
-        notes.append('It was stopped and resumed, so that these options repeat it, but not exactly.')
+        how += ' It was stopped and resumed, so that these options repeat it, but not exactly.'
     told = f'{name} with {", ".join(changed)}' if changed else name
-    return told, f'{" ".join(notes)}\n\n```yaml\n{yaml.safe_dump(options, default_flow_style=None)}```'
+    return told, f'{how}\n\n```yaml\n{yaml.safe_dump(options, default_flow_style=None)}```'
 
 
 def _build(name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -125,31 +122,17 @@ def _build(name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Te
 
 
 def _create_model(
-    name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Tensor], path: str
+    name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Tensor]
 ) -> Tuple[torch.nn.Module, Dict[str, Any]]:
     """The network that was trained, with its weights, and how images are prepared for it."""
-    try:
-        model = _build(name, train_args, state_dict)
-    except Exception as error:  # whatever the architecture makes of wrong arguments
-        raise UserError(
-            f'{path}: {name} cannot be built with the arguments that train.py had ({reason(error)}); give the '
-            'checkpoint that it wrote, unchanged'
-        ) from error
+    model = _build(name, train_args, state_dict)
     architecture = model.pretrained_cfg['architecture']
     if architecture != name:
-        raise UserError(f'{path}: is a checkpoint of {architecture}, not of --model {name}; give one of it')
+        raise UserError(f'is a checkpoint of {architecture}; give one of {name}, or that --model')
     model.pretrained_cfg.update(dict.fromkeys(_PROVENANCE), custom_load=False)
-    try:
-        check_weights(state_dict, model)
-    except UserError as error:
-        raise UserError(f'{path}: not the weights of {name}. {error}') from error
+    check_weights(state_dict, model)
     model.load_state_dict(state_dict)
-    try:
-        data_config = resolve_input_data_config(model, train_args)
-    except (ValueError, TypeError) as error:
-        raise UserError(f'{path}: its network cannot be scored on images ({reason(error)})') from error
-    try_image(model.eval(), data_config, path)
-    return model, data_config
+    return model.eval(), resolve_input_data_config(model, train_args)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +162,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     if not is_model(args.model):
         raise UserError(f'--model {args.model}: is not registered in timm; timm.list_models() names those that are')
-    if not TAG.fullmatch(args.tag):
+    if not re.fullmatch('[A-Za-z0-9_]{1,64}', args.tag):
         raise UserError(f'--tag {args.tag}: expected letters, digits and "_" only, 64 at most, such as cifar10')
     device = check_device(args.device)
     output = Path(args.output, f'{args.model}.{args.tag}')
@@ -187,15 +170,17 @@ def main(args: argparse.Namespace) -> None:
     root = split_folder(args.data_dir, args.split)
     state_dict, train_args, epochs = read_checkpoint(args.checkpoint, args.use_ema)
     trained = str(train_args.get('model'))
-    if ':' not in trained and trained.split('.')[0] != args.model:
-        raise UserError(f'{args.checkpoint}: is a checkpoint of {trained}, not of --model {args.model}; give one of it')
-    auxiliary = [key for key in state_dict if '.aux_bn.' in key]
-    for key in auxiliary:
-        del state_dict[key]
-    model, data_config = _create_model(args.model, train_args, state_dict, args.checkpoint)
+    try:
+        if ':' not in trained and trained.split('.')[0] != args.model:
+            raise UserError(f'it is a checkpoint of {trained}; give one of {args.model}, or that --model')
+        model, data_config = _create_model(args.model, train_args, state_dict)
+    except Exception as error:  # whatever networks, torch and timm make of wrong arguments
+        raise UserError(f'{args.checkpoint}: does not fit --model {args.model}: {reason(error)}') from error
+    try_image(model, data_config, args.checkpoint)
     recipe, reproduce = _recipe(args.recipe, model, train_args)
     images = ImageFolder(root, data_config, model.num_classes)
-    check_same_classes(images, Path(args.data_dir, str(train_args.get('train_split') or 'train')))
+    training = Path(args.data_dir, str(train_args.get('train_split') or 'train'))
+    check_same_classes(images, [*find_images_and_targets(str(training), sort=False)[1]], training)
     result = score(model, images, data_config, args.batch_size, args.workers, device)
 
     details = {
@@ -204,12 +189,9 @@ def main(args: argparse.Namespace) -> None:
         # train.py knows no other arguments than those that it was started with last
         'Seed': f'{train_args.get("seed")}{" after the last resumption" if train_args.get("resume") else ""}',
         'Weights': 'exponential moving average (EMA)' if args.use_ema else 'as trained, not averaged',
-        **({'Split batch norm': AUXILIARY} if auxiliary else {}),
         'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
         'Input': f'{" x ".join(map(str, data_config["input_size"]))}, {data_config["interpolation"]}, '
         f'{data_config["crop_mode"]} crop of {data_config["crop_pct"]}',
     }
-    save_folder(model, output, result, args.data_name, args.license, details, reproduce, data_config, args.overwrite)
+    save_folder(model, output, result, args.data_name, args.license, details, reproduce, data_config)
     print(f'{output}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images')
-    if auxiliary:
-        print(f'Split batch norm: {AUXILIARY}')

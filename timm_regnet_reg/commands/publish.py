@@ -7,19 +7,16 @@ The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN), and so is the
 
 import argparse
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, reason
-from ..pretrained import file_sha256
-from ..weights.folder import FILES, Folder, check_folder
-
-__all__ = ['publish']
+from ..weights.folder import FILES, Folder, check_folder, file_sha256
 
 
-def publish(folder: Folder, repo_id: str, private: bool = False, create_pr: bool = False) -> CommitInfo:
-    """Uploads a checked folder in one commit (or one pull request) and compares the Hub's hashes with the files.
+def publish(folder: Folder, repo_id: str, private: bool = False, create_pr: bool = False) -> str:
+    """Uploads a checked folder in one commit and compares the Hub's hashes with the files; returns the commit's URL.
 
     Args:
         folder: What `check_folder` returned.
@@ -36,29 +33,25 @@ def publish(folder: Folder, repo_id: str, private: bool = False, create_pr: bool
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.repo_info(repo_id).private:
-            raise UserError(f'{repo_id}: exists and is public; make it private in its settings or leave --private out')
+            raise UserError('exists and is public; make it private in its settings or leave --private out')
         place = f'{api.endpoint}/{repo_id}/{"discussions" if create_pr else "commits/main"}'
         state = f'publishing failed. It is one commit, so all of it arrived or nothing: see {place}'
         message = f'Publish {folder.card.data.model_name}'
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder.path, commit_message=message, create_pr=create_pr
         )
-        state = f'is published, {commit.pr_url or commit.commit_url}, but could not be compared'
+        url = str(commit.pr_url or commit.commit_url)
+        state = f'is published, {url}, but could not be compared'
         found = api.verify_repo_checksums(repo_id, revision=commit.oid, local_dir=folder.path)
-    except UserError:
-        raise
+        if wrong := [mismatch['path'] for mismatch in found.mismatches] + found.extra_paths:
+            raise UserError(f'on the Hub other hashes stand beside {", ".join(wrong)} than those of the files')
     except Exception as error:
         told = ' '.join(f'{reason(error)} {error.__cause__ or ""}'.split())  # the client's messages run over many lines
         raise UserError(
             f'{repo_id}: {state} ({told}). Check the connection, and that `hf auth whoami` names an account that may '
             'write there (`hf auth login`, or HF_TOKEN); then run the same command again'
         ) from error
-    if wrong := [mismatch['path'] for mismatch in found.mismatches] + found.extra_paths:
-        raise UserError(
-            f'{repo_id}: is published, {commit.pr_url or commit.commit_url}, but on the Hub other hashes stand beside '
-            f'{", ".join(wrong)} than those of the files in {folder.path}; run the same command again'
-        )
-    return commit
+    return url
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
         validate_repo_id(args.repo_id)
     except HFValidationError as error:
         raise UserError(f'--repo-id {args.repo_id}: {error}') from error
-    if args.repo_id.count('/') != 1:
+    if '/' not in args.repo_id:
         raise UserError(f'--repo-id {args.repo_id}: has no owner; expected OWNER/NAME, such as you/{args.repo_id}')
     folder = check_folder(args.folder)
     if args.dry_run:
@@ -84,6 +77,6 @@ def main(args: argparse.Namespace) -> None:
         for name in FILES:
             print(f'{name:20} {(folder.path / name).stat().st_size:>12,} bytes  {file_sha256(folder.path / name)}')
         print(f'\n{folder.card}')
-        return
-    commit = publish(folder, args.repo_id, args.private, args.create_pr)
-    print(f'{args.repo_id}: {commit.pr_url or commit.commit_url}, the hashes on the Hub are those of the files')
+    else:
+        url = publish(folder, args.repo_id, args.private, args.create_pr)
+        print(f'{args.repo_id}: {url}, the hashes on the Hub are those of the files')

@@ -10,7 +10,7 @@ trains stays in the folder regnet_reg_resnet20_convlstm.digits, to be used and l
 import argparse
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import timm
 import torch
@@ -26,8 +26,6 @@ from ..weights.folder import check_replaceable, save_folder
 from ..weights.inference import load_model, predict, prediction_lines
 from ..weights.scoring import score
 
-__all__ = ['Digits', 'quickstart']
-
 PHOTOGRAPH = 'flower.jpg'
 NAME = f'{DEFAULT_MODEL}.digits'
 EPOCHS = 3
@@ -40,21 +38,15 @@ AUGMENTATION: Dict[str, Any] = dict(scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.
 INSTALL = 'pip install "timm-regnet-reg[quickstart]"'
 
 
-class Digits(torch.utils.data.Dataset):
-    """Digits as grey values from 0 to 16 (n, 8, 8), and their labels (n,); timm's loader sets `transform`."""
+class Digits(list):
+    """Pairs of an image and its label; timm's loader sets `transform`, which prepares the image."""
 
     label_names = [str(digit) for digit in range(10)]
+    transform: Callable[[Image.Image], torch.Tensor]
 
-    def __init__(self, images, labels) -> None:
-        self.images = [Image.fromarray((image * (255 / 16)).astype('uint8')).convert('RGB') for image in images]
-        self.labels = labels.tolist()
-        self.transform: Callable[[Image.Image], torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
-        return self.transform(self.images[index]), self.labels[index]
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return self.transform(image), label
 
 
 def _load_samples() -> Tuple[Image.Image, Digits, Digits]:
@@ -65,21 +57,21 @@ def _load_samples() -> Tuple[Image.Image, Digits, Digits]:
         raise UserError(
             f'quickstart takes its images from scikit-learn, which cannot be imported ({error}); {INSTALL}'
         ) from error
-    images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED)).numpy()
-    held_out, train = order[:HELD_OUT], order[HELD_OUT:]
-    photograph = Image.fromarray(load_sample_image(PHOTOGRAPH))
-    return photograph, Digits(images[train], labels[train]), Digits(images[held_out], labels[held_out])
+    digits = load_digits()
+    greys = (digits.images * (255 / 16)).astype('uint8')  # from 0 to 16
+    pairs = [(Image.fromarray(grey).convert('RGB'), int(label)) for grey, label in zip(greys, digits.target)]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SEED)).tolist()
+    held_out, train = (Digits(pairs[i] for i in part) for part in (order[:HELD_OUT], order[HELD_OUT:]))
+    return Image.fromarray(load_sample_image(PHOTOGRAPH)), train, held_out
 
 
-def _fine_tune(model: nn.Module, loader, epochs: int) -> None:
+def _fine_tune(model: nn.Module, loader) -> None:
     optimizer = create_optimizer_v2(model, opt='adamw', lr=LEARNING_RATE, weight_decay=0.05)
-    updates = epochs * len(loader)
+    updates = EPOCHS * len(loader)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     model.train()
     with tqdm(total=updates, desc='fine-tuning', unit='batch') as progress:
-        for _ in range(epochs):
+        for _ in range(EPOCHS):
             for images, labels in loader:
                 loss = nn.functional.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
@@ -93,44 +85,31 @@ def _fine_tune(model: nn.Module, loader, epochs: int) -> None:
 def _logits(model: nn.Module, images: Digits) -> torch.Tensor:
     """The outputs (number of images, 10); the same input and weights give the same bits on the CPU."""
     with torch.inference_mode():
-        return model.eval()(torch.stack([images[i][0] for i in range(len(images))]))
+        return model.eval()(torch.stack([images.transform(image) for image, _ in images]))
 
 
-def _say(step: int, headline: str, *lines: str) -> None:
-    print(f'\n{step}/5  {headline}', *lines, sep='\n', flush=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    told = f'where {NAME}/ goes; one from an earlier run is replaced (default: here)'
+    parser.add_argument('--output', default='.', metavar='DIR', help=told)
 
 
-def quickstart(output, epochs: int = EPOCHS, max_images: Optional[int] = None) -> Path:
-    """The tour, with fewer epochs or training images on request; returns the folder of the fine-tuned network.
-
-    Raises:
-        UserError: scikit-learn is missing, or the network can't be had, or the folder can't be written.
-        RuntimeError: The network that was loaded back is another one than was saved.
-    """
+def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     photograph, train_set, held_out = _load_samples()
-    train_set.images = train_set.images[:max_images]
-
-    model = load_model(DEFAULT_MODEL)
-    cfg = model.pretrained_cfg
-    data_config = resolve_data_config(model=model)
-    folder = Path(output, NAME)
+    folder = Path(args.output, NAME).absolute()
     check_replaceable(folder)
-    _say(
-        1,
-        f'Load {DEFAULT_MODEL}, a ResNet-20 regulated by a ConvLSTM, trained on CIFAR-10',
-        f'{sum(p.numel() for p in model.parameters()):,} parameters. The weights came with the package.',
-    )
 
-    _say(
-        2,
-        f'Classify a photograph: {PHOTOGRAPH} of scikit-learn, a flower',
-        prediction_lines(predict(model, [photograph], topk=3)[0]),
-        'This is no verdict on the photograph. The network sees it at 32x32 pixels and has to choose among the ten',
-        'classes of CIFAR-10 (airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck). A flower is none',
-        'of them, and a network can be sure of a wrong answer. `regnet-reg classify` takes photographs of your own.',
-    )
+    print(f'1/5  Load {DEFAULT_MODEL}, a ResNet-20 regulated by a ConvLSTM, trained on CIFAR-10')
+    model = load_model(DEFAULT_MODEL)
+    cfg, data_config = model.pretrained_cfg, resolve_data_config(model=model)
+    print(f'{sum(p.numel() for p in model.parameters()):,} parameters. The weights came with the package.')
 
+    print(f'\n2/5  Classify a photograph: {PHOTOGRAPH} of scikit-learn, a flower')
+    print(prediction_lines(predict(model, [photograph], topk=3)[0]))
+    print('The network has to choose among the ten classes of CIFAR-10, at 32x32 pixels, and a flower is none of them.')
+
+    print(f'\n3/5  Fine-tune on {len(train_set):,} handwritten digits of scikit-learn, 8x8 pixels enlarged to 32x32')
+    print("A new classifier for ten digits replaces the old one, and all weights train with timm's loader and AdamW.")
     torch.manual_seed(SEED)
     model.reset_classifier(len(held_out.label_names))
     train_loader = create_loader(
@@ -144,25 +123,19 @@ def quickstart(output, epochs: int = EPOCHS, max_images: Optional[int] = None) -
         use_prefetcher=False,
         device=torch.device('cpu'),
     )
-    _say(
-        3,
-        f'Fine-tune on {len(train_set):,} handwritten digits of scikit-learn, 8x8 pixels enlarged to 32x32',
-        "A new classifier for ten digits replaces the old one, then all weights train with timm's loader, AdamW",
-        f'and a cosine schedule: {epochs} {"epoch" if epochs == 1 else "epochs"} of {len(train_loader)} batches.',
-    )
     before = score(model, held_out, data_config, workers=0, desc='scoring before')
-    _fine_tune(model, train_loader, epochs)
+    _fine_tune(model, train_loader)
     after = score(model, held_out, data_config, workers=0, desc='scoring after')
     print(
         f'Accuracy on {after.images} held-out digits: {before.top1:.1f} % before, {after.top1:.1f} % after.\n'
         'Before, the new classifier knew nothing: about 10 % is chance.'
     )
 
-    expected = _logits(model, held_out)
+    print(f'\n4/5  Save it: {folder}')
     details = {
         'Started from': f'{DEFAULT_MODEL}.{cfg["tag"]}',
         'Recipe': f'quickstart, AdamW with learning rate {LEARNING_RATE}, cosine schedule',
-        'Epochs': epochs,
+        'Epochs': EPOCHS,
         'Seed': SEED,
         'Images trained on': f'{len(train_set):,}',
     }
@@ -170,31 +143,11 @@ def quickstart(output, epochs: int = EPOCHS, max_images: Optional[int] = None) -
     # what the config says of the CIFAR-10 weights isn't true of these
     cfg.update(label_names=None, label_descriptions=None, description=None)
     save_folder(model, folder, after, data, cfg['license'], details, '`regnet-reg quickstart`', data_config)
-    _say(
-        4,
-        f'Save it: {folder}',
-        'config.json, model.safetensors and README.md, the model card: what timm loads and the Hugging Face Hub holds.',
-    )
+    print('config.json, model.safetensors and README.md, the model card: what timm loads and the Hub holds.')
 
+    print("\n5/5  Load it back: timm.create_model('local-dir:…', pretrained=True)")
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    difference = (_logits(loaded, held_out) - expected).abs().max().item()
-    if difference != 0:
-        raise RuntimeError(
-            f'The network loaded from {folder} is not the one that was saved: outputs differ by {difference}'
-        )
-    _say(
-        5,
-        "Load it back: timm.create_model('local-dir:…', pretrained=True)",
-        f'On all {len(expected)} held-out images the outputs are the same, bit for bit.',
-        f'\nDone in {time.perf_counter() - start:.0f} s.',
-    )
-    return folder
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    told = f'where {NAME}/ goes; one from an earlier run is replaced (default: here)'
-    parser.add_argument('--output', default='.', metavar='DIR', help=told)
-
-
-def main(args: argparse.Namespace) -> None:
-    quickstart(args.output)
+    if not torch.equal(_logits(loaded, held_out), _logits(model, held_out)):
+        raise RuntimeError(f'The network loaded from {folder} is not the one that was saved: its outputs differ')
+    print(f'On all {after.images} held-out images the outputs are the same, bit for bit.')
+    print(f'\nDone in {time.perf_counter() - start:.0f} s.')

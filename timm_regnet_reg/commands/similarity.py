@@ -9,20 +9,15 @@ are compared by
     linear CKA         for all pairs: 1 if one is the other rotated, scaled and shifted, about 0 if independent
     cosine similarity  for pairs in a stage, which are of one shape: averaged over the images
 
-With X and Y the outputs for a batch of n images, linear CKA is the sum over batches of HSIC(XX', YY') divided by the
-root of the sum of HSIC(XX', XX') and of that of HSIC(YY', YY'). HSIC is the unbiased estimate, so that the size of the
-batches makes no bias: of K and L with zeros on the diagonal
+Linear CKA of outputs X and Y is the sum over batches of HSIC(XX', YY') divided by the root of the sum of HSIC(XX', XX')
+and of that of HSIC(YY', YY'). HSIC is the unbiased estimate, so that the size of the batches makes no bias (Kornblith
+et al., arXiv 1905.00414; for batches Nguyen et al., arXiv 2010.15327; HSIC: Song et al., JMLR 13, 2012, equation 5).
 
-    HSIC(K, L) = (tr(KL) + (1'K1)(1'L1) / ((n - 1)(n - 2)) - 2 (1'KL1) / (n - 2)) / (n (n - 3))
-
-(Kornblith et al., arXiv 1905.00414; for batches Nguyen et al., arXiv 2010.15327; HSIC: Song et al., JMLR 13, 2012).
-
-Prints the means over neighbours: a block and the next one of its stage. Writes similarity.csv, the values of all pairs,
-and similarity.png, the same as heat maps.
+Prints the means over neighbours: a block and the next one of its stage. Draws the values of all pairs as heat maps,
+similarity.png.
 """
 
 import argparse
-import csv
 import itertools
 import math
 import random
@@ -40,8 +35,8 @@ from tqdm import tqdm
 from ..arguments import add_data, add_device, positive
 from ..errors import UserError
 from ..papers import tables
-from ..papers.plots import plot_folder
-from ..weights.files import replacing
+from ..papers.plots import check_matplotlib
+from ..weights.files import check_writable, replacing
 from ..weights.inference import find_images, load_model
 from ..weights.scoring import check_device, image_mode, read_image, split_folder
 
@@ -70,9 +65,9 @@ class Similarity(NamedTuple):
 
 
 def _centered_gram(X: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of X (n, features), centred so that HSIC(K, L) is `(K * L).sum() / (n * (n - 3))`.
+    """The Gram matrix of X (n, features), centred so that HSIC of two is `(K * L).sum() / (n * (n - 3))`.
 
-    That is Székely and Rizzo's U-centring (Annals of Statistics 42, 2014): the same number.
+    That is Székely and Rizzo's U-centring (Annals of Statistics 42, 2014).
     """
     X = X - X.mean(0)  # changes nothing but the rounding
     K = (X @ X.T).cpu().double().fill_diagonal_(0)
@@ -102,10 +97,9 @@ def similarity(model: ResNet, batches: Iterable[torch.Tensor]) -> Similarity:
     def read(block: nn.Module, inputs: Any, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output  # a regulated block hands on its state as well
         index = len(grams)
-        if not x.isfinite().all():
-            raise UserError(f'{names[index]} gives infinities or NaN for these images; give a model that works')
-        if (x == x[0]).all():
-            raise UserError(f'{names[index]} gives the same for all of {len(x)} images; give a model that works')
+        if not x.isfinite().all() or (x == x[0]).all():
+            told = f'infinities, NaN or the same for all of {len(x)} images'
+            raise UserError(f'{names[index]} gives {told}; give a model that works')
         x = x.flatten(1)
         grams.append(_centered_gram(x))
         first = stages.index(stages[index])
@@ -146,17 +140,6 @@ def _table(measure: str, results: Dict[str, Similarity]) -> List[str]:
     return lines
 
 
-def _write_csv(path: Path, results: Dict[str, Similarity]) -> None:
-    with open(path, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.writer(file)
-        writer.writerow(['model', 'measure', 'block a', 'block b', 'value'])
-        for name, result in results.items():
-            for measure, values in result.values.items():
-                for (i, a), (j, b) in itertools.combinations(enumerate(result.blocks), 2):
-                    value = values[i, j].item()
-                    writer.writerow([name, measure, a, b, '' if math.isnan(value) else value])
-
-
 def _plot(path: Path, results: Dict[str, Similarity]) -> None:
     """Heat maps of all pairs, a column a model and a row a measure."""
     from matplotlib.figure import Figure
@@ -171,16 +154,10 @@ def _plot(path: Path, results: Dict[str, Similarity]) -> None:
             axes.set_title(f'{Path(name).name}\n{measure}, neighbours {result.neighbours(measure):.3f}', fontsize=10)
             axes.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=8)
             axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
-            axes.spines[:].set_visible(False)
-            for i in range(1, len(blocks)):
-                if _stage(blocks[i]) != _stage(blocks[i - 1]):
-                    axes.axhline(i - 0.5, color='white', linewidth=2)
-                    axes.axvline(i - 0.5, color='white', linewidth=2)
             for i, j in itertools.product(range(len(blocks)), repeat=2):
-                if len(blocks) <= 20 and not math.isnan(values[i][j]):  # more would not be legible
+                if not math.isnan(values[i][j]):
                     color = 'black' if values[i][j] > 0.6 else 'white'
-                    text = f'{values[i][j]:.2f}'.replace('0.', '.')
-                    axes.text(j, i, text, color=color, fontsize=7, ha='center', va='center')
+                    axes.text(j, i, f'{values[i][j]:.2f}', color=color, fontsize=6, ha='center', va='center')
         figure.colorbar(image, ax=row, label=measure, shrink=0.8)
     figure.savefig(path, dpi=150, format='png')
 
@@ -196,32 +173,20 @@ def _batches(model: ResNet, batches: List[List[str]], device: str, name: str) ->
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        'models',
-        metavar='MODEL',
-        nargs='+',
-        help="a ResNet of timm's with weights, plain or regulated, hf-hub:OWNER/NAME or local-dir:FOLDER",
+        'models', metavar='MODEL', nargs='+', help='a ResNet of timm, hf-hub:OWNER/NAME, local-dir:FOLDER'
     )
     add_data(parser)
-    parser.add_argument(
-        '--images',
-        type=positive,
-        default=512,
-        metavar='N',
-        help='how many of them, at most: a random choice, the same every time; 4 or more (default: %(default)s)',
-    )
+    more = 'how many, at most: a random choice, the same every time; 4 or more (default: %(default)s)'
+    parser.add_argument('--images', type=positive, default=512, metavar='N', help=more)
     add_device(parser)
-    parser.add_argument(
-        '--output', default='.', metavar='DIR', help='where the table and the figures go (default: here)'
-    )
+    parser.add_argument('--output', default='.', metavar='DIR', help='where the figure goes (default: here)')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure `args.models` on the same images, print the means, write every value and the figures.
-
-    Raises:
-        UserError: matplotlib, the device, the folders, enough images or a ResNet can't be had, or its outputs measured.
-    """
-    output = plot_folder(args.output)
+    """Measure `args.models` on the same images, print the means, draw the values."""
+    check_matplotlib()
+    figure = Path(args.output, 'similarity.png')
+    check_writable(figure)
     check_device(args.device)
     root = split_folder(args.data_dir, args.split)
     paths = find_images([str(root)])
@@ -234,13 +199,9 @@ def main(args: argparse.Namespace) -> None:
     for name in args.models:
         model = load_model(name, args.device)
         if not isinstance(model, ResNet):
-            raise UserError(
-                f'{name}: is a {type(model).__name__}; expected a timm.models.ResNet, plain or regulated '
-                '(resnet, resnext, seresnet, cifar_resnet, regnet_reg_resnet, …)'
-            )
+            raise UserError(f'{name}: is a {type(model).__name__}; expected a timm.models.ResNet, plain or regulated')
         models[name] = model
     results = {name: similarity(m, _batches(m, batches, args.device, name)) for name, m in models.items()}
     print(f'{len(sample)} images of {root}', *_table(CKA, results), '', *_table(COSINE, results), sep='\n')
-    for file, write in (('similarity.csv', _write_csv), ('similarity.png', _plot)):
-        with replacing(output / file) as new:
-            write(new, results)
+    with replacing(figure) as new:
+        _plot(new, results)

@@ -37,11 +37,7 @@ def header() -> List[str]:
 
 
 def row(backbone: str) -> str:
-    """The table's line of one backbone: its input, then parameters in millions / multiply-adds in billions.
-
-    Args:
-        backbone: A key of `BACKBONES` or `CIFAR_BACKBONES`, 'resnet50', say.
-    """
+    """The table's line of 'resnet50', say: its input, then parameters in millions / multiply-adds in billions."""
     names = [f'regnet_reg_{backbone}_{cell}' for cell in CELLS]
     counts = [_count(names[0], regulated_stages=()), *map(_count, names)]
     size = 'x'.join(map(str, timm.get_pretrained_cfg(names[0]).input_size[1:]))

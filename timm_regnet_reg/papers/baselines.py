@@ -60,19 +60,17 @@ BASELINES: Dict[str, Any] = {'naive-convlstm': NaiveConvLSTM, 'dense-convrnn': D
 
 
 def create(backbone: str, names: Iterable[str], device: Any = None) -> Dict[str, nn.Module]:
-    """The networks of these names, each `PLAIN`, a cell of `CELLS` or one of `BASELINES`.
+    """The networks of these names, each `PLAIN`, a cell of `CELLS` or one of `BASELINES`, in channels_last.
 
-    Args:
-        backbone: 'resnet20', 'resnet50', …
-        device: Where they are to be.
+    `backbone` is 'resnet20', 'resnet50', …
     """
     models: Dict[str, nn.Module] = {}
     for name in names:
-        if name in CELLS:
-            models[name] = timm.create_model(f'regnet_reg_{backbone}_{name}', device=device)
-            continue
-        model = models[name] = timm.create_model(f'regnet_reg_{backbone}_convlstm', regulated_stages=(), device=device)
-        for child, stage in list(model.named_children()):
-            if name in BASELINES and child.startswith('layer') and len(stage):
-                setattr(model, child, RegulatedStage(stage, BASELINES[name], nn.BatchNorm2d))
+        cell, kwargs = (name, {}) if name in CELLS else ('convlstm', {'regulated_stages': ()})
+        model = timm.create_model(f'regnet_reg_{backbone}_{cell}', device=device, **kwargs)
+        if name in BASELINES:
+            for child, stage in list(model.named_children()):
+                if child.startswith('layer') and len(stage):
+                    setattr(model, child, RegulatedStage(stage, BASELINES[name], nn.BatchNorm2d))
+        models[name] = model.to(memory_format=torch.channels_last)
     return models

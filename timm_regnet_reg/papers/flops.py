@@ -11,16 +11,14 @@ __all__ = ['count']
 
 @torch.inference_mode()
 def count(model: nn.Module, images: torch.Tensor) -> Tuple[int, int]:
-    """What a network is made of and what it does.
+    """A network's parameters, and the multiply-adds of its convolutions and matrix products on these images.
+
+    These are half of the operations that torch's counter counts, in the forward as it runs: the first block of a stage
+    leaves out the state, which is zero there.
 
     Args:
         model: The network, in evaluation mode.
         images: What it takes, (B, C, height, width), on the network's device.
-
-    Returns:
-        Its parameters, and the multiply-adds of its convolutions and matrix products on these images: half of the
-        operations that torch's counter counts. They are those of the forward as it runs, in which the first block of a
-        stage leaves out the state, which is zero there.
     """
     with FlopCounterMode(display=False) as counter:
         model(images)

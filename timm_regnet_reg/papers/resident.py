@@ -8,11 +8,12 @@ the run's seed and the epoch alone, so that a run goes on exactly where it was s
 
 import argparse
 import copy
+import io
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple, Union
 
 import numpy as np
 import timm
@@ -28,23 +29,28 @@ from torch import Tensor, nn
 from ..errors import UserError, reason
 from ..weights.files import replacing
 from ..weights.scoring import read_image
-from .cifar import SIZES
-from .results import Row, Run
+from .cifar import CLASSES, SIZES
+from .results import ROWS, Run
 
-__all__ = ['Images', 'Network', 'check_recipe', 'find_images', 'learning_rates', 'read_images', 'train', 'views']
+__all__ = [
+    'Images',
+    'Network',
+    'Outcomes',
+    'check_recipe',
+    'find_images',
+    'learning_rates',
+    'read_images',
+    'train',
+    'views',
+]
 
 SAVE_SECONDS = 30
 
 # what may be the matter with one network; others go on
 TROUBLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
 
-# what the engine goes by of a recipe: keys that must be there, keys that may be (the last two mean nothing here), and
-# values, where it does no others
-NEEDED = {'batch_size', 'lr_base', 'lr_base_size', 'momentum', 'weight_decay', 'epochs', 'hflip'}
-OPTIONAL = {
-    *('opt_kwargs', 'sched_on_updates', 'decay_milestones', 'decay_rate', 'min_lr', 'warmup_epochs', 'warmup_lr'),
-    *('warmup_prefix', 'num_classes', 'mean', 'std', 'amp', 'amp_dtype', 'device_modules', 'train_interpolation'),
-}
+# what the engine goes by of a recipe: keys that must be there, some with the only values that it does, and keys that
+# may be there, the last two of which mean nothing here
 VALUES: Dict[str, List[Any]] = {
     'opt': ['sgd', 'momentum', 'nesterov'],
     'sched': ['multistep', 'cosine'],
@@ -54,14 +60,20 @@ VALUES: Dict[str, List[Any]] = {
     'color_jitter': [0.0],
     'smoothing': [0.0],
 }
+NEEDED = {*VALUES, *'batch_size lr_base lr_base_size momentum weight_decay epochs hflip'.split()}
+OPTIONAL = {
+    *'opt_kwargs sched_on_updates decay_milestones decay_rate min_lr warmup_epochs warmup_lr warmup_prefix'.split(),
+    *'num_classes mean std amp amp_dtype device_modules train_interpolation'.split(),
+}
 
 
 def check_recipe(recipe: Dict[str, Any]) -> None:
     """Raises a UserError that names what this engine can't do of a recipe."""
-    needed = {*NEEDED, *VALUES, *(['decay_milestones'] if recipe.get('sched') == 'multistep' else [])}
     values = {**VALUES, 'amp_dtype': ['bfloat16']}
-    wrong = [key for key in recipe if key not in needed | OPTIONAL or recipe[key] not in values.get(key, [recipe[key]])]
-    wrong = [f'{key}: {recipe[key]}' for key in wrong] + [f'no {key}' for key in sorted(needed - recipe.keys())]
+    needed = NEEDED | ({'decay_milestones'} if recipe.get('sched') == 'multistep' else set())
+    others = [key for key in recipe if key not in NEEDED | OPTIONAL]
+    others += [key for key in values if key in recipe and recipe[key] not in values[key]]
+    wrong = [f'{key}: {recipe[key]}' for key in others] + [f'no {key}' for key in sorted(needed - recipe.keys())]
     if wrong:
         raise UserError(f"the recipe has {', '.join(wrong)}; that needs timm's train.py: give TRAIN_PY, too")
 
@@ -71,13 +83,13 @@ def _options(recipe: Dict[str, Any]) -> argparse.Namespace:
     return argparse.Namespace(lr=recipe['lr_base'] * recipe['batch_size'] / recipe['lr_base_size'], **recipe)
 
 
-def create_optimizer(model: nn.Module, recipe: Dict[str, Any], **kwargs: Any) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, recipe: Dict[str, Any], **kwargs: Any) -> torch.optim.Optimizer:
     return create_optimizer_v2(model, **optimizer_kwargs(_options(recipe)), **recipe.get('opt_kwargs', {}), **kwargs)
 
 
 def learning_rates(recipe: Dict[str, Any], updates_per_epoch: int) -> List[float]:
     """The learning rate of every update of a training."""
-    optimizer = create_optimizer(nn.Linear(1, 1), recipe)
+    optimizer = _optimizer(nn.Linear(1, 1), recipe)
     options = scheduler_kwargs(_options(recipe))
     scheduler, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
     rates = []
@@ -98,56 +110,41 @@ class Images(NamedTuple):
     test_labels: Tensor
 
 
-def _read_image(path: str, size: int) -> np.ndarray:
+def _read_pixels(path: str, size: int) -> np.ndarray:
     pixels = np.asarray(read_image(path, upright=False))
     if pixels.shape != (size, size, 3):
         height, width, _ = pixels.shape
-        raise UserError(
-            f'{path}: is {width}x{height}, expected {size}x{size}; write the folder with `regnet-reg cifar`'
-        )
+        raise UserError(f'{path}: is {width}x{height}, expected {size}x{size}; `regnet-reg cifar` writes such images')
     return pixels
 
 
-def find_images(folder: str, split: str, classes: int) -> List[Tuple[str, int]]:
-    """Paths and classes of the images of a split, in timm's order.
-
-    Raises:
-        UserError: There aren't as many classes, or the first image is damaged or of another size.
-    """
-    root = str(Path(folder, split))
-    samples, found = find_images_and_targets(root)
-    if len(found) != classes:
-        raise UserError(f'{root}: holds images of {len(found)} classes, not {classes}: write it by `regnet-reg cifar`')
-    _read_image(samples[0][0], SIZES[split])
-    return samples
+def find_images(folder: str, dataset: str) -> Dict[str, List[Tuple[str, int]]]:
+    """Paths and classes of the images of both splits, in timm's order; a UserError if they aren't CIFAR's."""
+    found = {}
+    for split, size in SIZES.items():
+        root = str(Path(folder, split))
+        found[split], classes = find_images_and_targets(root)
+        if len(classes) != CLASSES[dataset]:
+            raise UserError(f'{root}: holds images of {len(classes)} classes; write the folder with `regnet-reg cifar`')
+        _read_pixels(found[split][0][0], size)
+    return found
 
 
-def read_images(folder: str, classes: int, device: torch.device) -> Images:
-    """All images of a folder that `regnet-reg cifar` wrote.
-
-    Raises:
-        UserError: An image is damaged or of another size, or there aren't as many classes.
-    """
+def read_images(found: Dict[str, List[Tuple[str, int]]], device: torch.device) -> Images:
+    """What `find_images` found; a UserError if an image is damaged or of another size."""
     tensors = []
     with ThreadPoolExecutor() as pool:
         for split, size in SIZES.items():
-            paths, labels = zip(*find_images(folder, split, classes))
-            pixels = np.stack([*pool.map(_read_image, paths, [size] * len(paths))])
+            paths, labels = zip(*found[split])
+            pixels = np.stack([*pool.map(_read_pixels, paths, [size] * len(paths))])
             tensors += [torch.from_numpy(pixels), torch.tensor(labels)]
     return Images(*(tensor.to(device) for tensor in tensors))
 
 
 def views(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """The papers' crop and flip.
+    """The papers' crop and flip: windows (B, 32, 32, 3) of images (B, 40, 40, 3), mirrored where `flip` (B,) says so.
 
-    Args:
-        images: (B, 40, 40, 3).
-        top: (B,), the window's first row, 0 to 8.
-        left: (B,), its first column.
-        flip: (B,), whether it is mirrored.
-
-    Returns:
-        (B, 32, 32, 3), of the images' type.
+    `top` and `left` (B,) are a window's first row and column, 0 to 8.
     """
     place = torch.arange(32, device=images.device)
     rows = top[:, None] + place
@@ -156,33 +153,26 @@ def views(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
     return images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def _loss_function(template: nn.Module, mean: Tensor, std: Tensor, amp: bool) -> Callable[..., Tensor]:
-    """The loss of a batch by tensors: one function, and one compilation, for all networks of a kind."""
-    names = [name for name, _ in (*template.named_parameters(), *template.named_buffers())]
+def _normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 images (B, 32, 32, 3) as a network takes them: (B, 3, 32, 32), channels_last."""
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
-    def loss(tensors, images, labels, top, left, flip):
-        x = ((views(images, top, left, flip).float() - mean) / std).permute(0, 3, 1, 2)  # channels_last
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            return F.cross_entropy(torch.func.functional_call(template, dict(zip(names, tensors)), (x,)), labels)
 
-    return loss
+def _loss(model: nn.Module, images: Tensor, labels: Tensor, view: List[Tensor], mean: Tensor, std: Tensor, amp: bool):
+    """The loss of a batch. The network is an argument, so that one compilation serves all of a kind."""
+    x = _normalise(views(images, *view), mean, std)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        return F.cross_entropy(model(x), labels)
 
 
 class Network:
     """A run in training: its network, optimizer and data, all on the images' device.
 
-    Args:
-        run: The run.
-        images: What it is trained and tested on.
-        folder: Of its checkpoint. If there is one, the run goes on from it.
-        compiled: Compile forward and backward: minutes at the start, less time for each update.
-        like: A network of the same kind, whose compiled function serves this one, too.
-
-    Raises:
-        UserError: The checkpoint can't be loaded.
+    It goes on from the checkpoint in `folder`, if there is one; a UserError if it can't. `compiled` is whether forward
+    and backward are compiled: minutes at the start, less time for each update.
     """
 
-    def __init__(self, run: Run, images: Images, folder: Path, compiled: bool, like: Optional['Network'] = None):
+    def __init__(self, run: Run, images: Images, folder: Path, compiled: bool) -> None:
         self.run, self.images, self.recipe = run, images, run.recipe
         self.path = folder / 'last.pth.tar'  # the name, and the format, of train.py's
         self.device = images.train.device
@@ -199,15 +189,13 @@ class Network:
         self.model = model.to(self.device, memory_format=torch.channels_last).train()
         self.mean, self.std = (255 * torch.tensor(config[key], device=self.device) for key in ('mean', 'std'))
         self.amp = bool(self.recipe.get('amp'))
-        if like is None:
-            self.loss_function = _loss_function(self.model, self.mean, self.std, self.amp)
-            if compiled:
-                self.loss_function = torch.compile(self.loss_function, fullgraph=True)
-        else:
-            self.loss_function = like.loss_function
+        self.loss_function = _loss
+        if compiled:
+            torch._dynamo.config.recompile_limit = len(ROWS)  # a compilation for each kind
+            self.loss_function = torch.compile(_loss, fullgraph=True)
 
         self.parameters = list(self.model.parameters())
-        self.optimizer = create_optimizer(self.model, self.recipe, fused=True)
+        self.optimizer = _optimizer(self.model, self.recipe, fused=True)
         for parameter in self.parameters:  # as if a gradient of 0 had come before the first one
             self.optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
         self.rate = torch.tensor(rates[0], device=self.device)
@@ -220,23 +208,26 @@ class Network:
         self.order, self.top, self.left = torch.zeros(3, *shape, dtype=torch.long, device=self.device)
         self.flip = torch.zeros(shape, dtype=torch.bool, device=self.device)
 
-        state = copy.deepcopy(self._state())
+        self.stream, self.advance = None, self._step
         if self.device.type == 'cuda':
-            self._capture()
+            start = copy.deepcopy(self._state())
+            self.stream, self.advance = self._capture()
+            self._restore(start)
         if self.path.exists():
-            state = self._read()
-        self._restore(state)
-        if self.device.type == 'cuda':
+            try:
+                with torch.serialization.safe_globals([argparse.Namespace]):
+                    self._restore(torch.load(self.path, map_location='cpu', weights_only=True))
+            except Exception as error:  # whatever torch stumbles over in a file that is damaged, or of another network
+                told = f'{self.path}: cannot be gone on with ({reason(error)})'
+                raise UserError(f'{told}; restore it, or remove it to start over') from error
+        if self.stream:
             torch.cuda.synchronize()  # before the network's own stream goes on with it
 
-    def _momenta(self) -> Dict[str, Tensor]:
-        state = self.optimizer.state
-        return {name: state[parameter]['momentum_buffer'] for name, parameter in self.model.named_parameters()}
-
     def _state(self) -> Dict[str, Any]:
+        state = self.optimizer.state
         return {
             'state_dict': self.model.state_dict(),
-            'momenta': self._momenta(),
+            'momenta': {name: state[p]['momentum_buffer'] for name, p in self.model.named_parameters()},
             'losses': self.losses,
             'update': self.done,
             'seconds': self.seconds,
@@ -244,51 +235,32 @@ class Network:
         }
 
     def _restore(self, state: Dict[str, Any]) -> None:
-        # momenta pass through the network's load hooks as weights do, and then have the names of today
-        moved = copy.deepcopy(self.model)
-        try:
-            moved.load_state_dict({**state['state_dict'], **state['momenta']})
-            self.model.load_state_dict(state['state_dict'])
-        except RuntimeError as error:
-            raise UserError(
-                f'{self.path}: does not fit {self.run.row.model} of this version ({reason(error)}); go on with the '
-                f'version that began it ({state["versions"]}), or remove the file to start over'
-            ) from error
-        with torch.no_grad():
-            for name, momentum in self._momenta().items():
-                momentum.copy_(moved.get_parameter(name))
+        self.model.load_state_dict(state['state_dict'])
+        for name, momentum in self._state()['momenta'].items():
+            momentum.copy_(state['momenta'][name])
         self.losses.copy_(state['losses'])
         self.done, self.seconds, self.versions = state['update'], state['seconds'], state['versions']
         self.update.fill_(self.done)
         if self.done % self.updates_per_epoch:
             self.draw_views()
 
-    def _read(self) -> Dict[str, Any]:
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as error:  # whatever torch stumbles over in a damaged file
-            raise UserError(
-                f'{self.path}: cannot be read ({reason(error)}); restore it, or remove it to start over'
-            ) from error
-
-    def _capture(self) -> None:
+    def _capture(self) -> Tuple[torch.cuda.Stream, Callable[[], None]]:
+        """A stream, and what runs an update on it as a CUDA graph."""
         torch.backends.cudnn.benchmark = True
-        self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(3):
                 self._step()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph, stream=self.stream):
+        with torch.cuda.graph(graph, stream=stream):  # which waits for all streams first
             self._step()
-        torch.cuda.synchronize()
+        return stream, graph.replay
 
     def _step(self) -> None:
         position = self.update % self.updates_per_epoch
         chosen, *view = (x.index_select(0, position)[0] for x in (self.order, self.top, self.left, self.flip))
-        tensors = [*self.parameters, *self.model.buffers()]
-        loss = self.loss_function(tensors, self.images.train[chosen], self.images.train_labels[chosen], *view)
+        images, labels = self.images.train[chosen], self.images.train_labels[chosen]
+        loss = self.loss_function(self.model, images, labels, view, self.mean, self.std, self.amp)
         for parameter, gradient in zip(self.parameters, torch.autograd.grad(loss, self.parameters)):
             parameter.grad = gradient
         self.rate.copy_(self.rates.index_select(0, self.update)[0])
@@ -307,13 +279,10 @@ class Network:
 
     def step(self) -> None:
         """An update; on a GPU it may still be running afterwards."""
-        with torch.cuda.stream(self.stream if self.device.type == 'cuda' else None):
+        with torch.cuda.stream(self.stream):
             if self.done % self.updates_per_epoch == 0:
                 self.draw_views()
-            if self.device.type == 'cuda':
-                self.graph.replay()
-            else:
-                self._step()
+            self.advance()
         self.done += 1
 
     def loss(self) -> float:
@@ -322,35 +291,26 @@ class Network:
         return self.losses[epoch].item() / (position + 1)
 
     def save(self, versions: Dict[str, str]) -> None:
-        """Write the checkpoint: train.py's, with what this engine needs beside it.
-
-        Args:
-            versions: Of what it is trained with.
-
-        Raises:
-            UserError: The training has diverged, or nothing can be written.
-        """
-        if self.device.type == 'cuda':
+        """Write the checkpoint: train.py's, with what this engine needs beside it; a UserError if training diverged."""
+        if self.stream:
             torch.cuda.synchronize()
         if not math.isfinite(loss := self.loss()):
-            raise UserError(
-                f'the training diverged (loss {loss} after {self.done} updates) and makes no row; see '
-                f'{self.path.parent}, and remove it to start over'
-            )
+            where = f'{self.path.parent}, and remove it to start over'
+            raise UserError(f'the training diverged (loss {loss}, update {self.done}) and makes no row; see {where}')
         for key, version in versions.items():
             self.versions[key] = list(dict.fromkeys([*self.versions.get(key, []), version]))
         row = self.run.row
         more = {'model': row.model, 'model_kwargs': row.kwargs, 'seed': self.run.seed, 'num_classes': self.run.classes}
+        checkpoint = {
+            **self._state(),
+            'epoch': self.done // self.updates_per_epoch - 1,  # the last complete one, counted from 0
+            'arch': row.model,
+            'args': argparse.Namespace(**{**vars(_options(self.recipe)), **more}),
+        }
+        file = io.BytesIO()  # torch's own writer makes a RuntimeError of a full disk
+        torch.save(checkpoint, file)
         with replacing(self.path) as new:
-            torch.save(
-                {
-                    **self._state(),
-                    'epoch': self.done // self.updates_per_epoch - 1,  # the last complete one, counted from 0
-                    'arch': row.model,
-                    'args': argparse.Namespace(**{**vars(_options(self.recipe)), **more}),
-                },
-                new,
-            )
+            new.write_bytes(file.getbuffer())
 
     @torch.no_grad()
     def result(self) -> Dict[str, Any]:
@@ -358,9 +318,8 @@ class Network:
         self.model.eval()
         outputs = []
         for batch in self.images.test.split(500):
-            x = ((batch.float() - self.mean) / self.std).permute(0, 3, 1, 2)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                outputs.append(self.model(x).float())
+                outputs.append(self.model(_normalise(batch, self.mean, self.std)).float())
         self.model.train()
         top1, top5 = accuracy(torch.cat(outputs), self.images.test_labels, (1, 5))
         return {
@@ -372,35 +331,28 @@ class Network:
         }
 
 
+# runs, each with columns of its row, or what went wrong with it
+Outcomes = Iterator[Tuple[Run, Union[Dict[str, Any], Exception]]]
+
+
 def train(
     runs: Dict[Run, Path],
     images: Images,
     versions: Dict[str, str],
     stop: float = math.inf,
     compiled: bool = False,
-) -> Iterator[Tuple[Run, Union[Dict[str, Any], Exception]]]:
-    """Trains runs at once until `time.monotonic()` is `stop`, and saves each at least once a minute.
+) -> Outcomes:
+    """Trains runs at once until `time.monotonic()` is `stop`, and saves each at least once a minute in its folder.
 
-    Args:
-        runs: What to train, and the folders of the checkpoints.
-        images: What to train and test on.
-        versions: Of what they are trained with.
-        stop: When to save and end.
-        compiled: Compile forward and backward.
-
-    Yields:
-        Every run that is through, with columns of its row, or what went wrong with it.
+    It yields every run that is through.
     """
     networks: List[Network] = []
-    kinds: Dict[Row, Network] = {}
     for run, folder in runs.items():
         try:
-            network = Network(run, images, folder, compiled, kinds.get(run.row))
+            networks.append(network := Network(run, images, folder, compiled))
         except TROUBLE as error:
-            yield run, error
+            yield run, error.with_traceback(None)  # which would keep the network, and its memory
             continue
-        kinds.setdefault(run.row, network)
-        networks.append(network)
         print(f'{run}: {f"goes on after update {network.done}" if network.done else "starts"}', flush=True)
     saved, updates = time.monotonic(), 0
     while networks:
@@ -412,25 +364,25 @@ def train(
         if now < min(stop, saved + SAVE_SECONDS) and all(network.done < network.total for network in networks):
             continue
         for network in [*networks]:
+            outcome: Union[None, Dict[str, Any], Exception] = None
             try:
                 network.seconds += now - saved
                 network.save(versions)
                 if network.done == network.total:
-                    networks.remove(network)
-                    yield network.run, network.result()
+                    outcome = network.result()
             except TROUBLE as error:
+                outcome = error
+            if outcome:
                 networks.remove(network)
-                yield network.run, error
+                yield network.run, outcome
         if networks:
-            parts = [
-                f'{network.run}: epoch {network.done / network.updates_per_epoch:.1f} of {len(network.losses)}, '
-                f'loss {network.loss():.4f}'
-                for network in networks
-            ]
             pace = updates / (time.monotonic() - saved)
-            minutes = sum(network.total - network.done for network in networks) / pace / 60
-            parts.append(f'{pace * networks[0].recipe["batch_size"]:.0f} images/s')
-            print('; '.join(parts), f'{minutes // 60:.0f} h {minutes % 60:.0f} min left', sep=', ', flush=True)
+            hours, minutes = divmod(sum(network.total - network.done for network in networks) / pace / 60, 60)
+            for network in networks:
+                epoch = network.done / network.updates_per_epoch
+                print(f'{network.run}: epoch {epoch:.1f} of {len(network.losses)}, loss {network.loss():.4f}', end=', ')
+            images_per_second = pace * networks[0].recipe['batch_size']
+            print(f'{images_per_second:.0f} images/s, {hours:.0f} h {minutes:.0f} min left', flush=True)
         saved, updates = time.monotonic(), 0
         if now >= stop:
             return

@@ -1,6 +1,5 @@
 """The rows of the papers' CIFAR tables, runs of them, the CSV files of what was trained, and what these tell."""
 
-import ast
 import csv
 import hashlib
 import io
@@ -15,26 +14,31 @@ import numpy as np
 
 from ..errors import UserError
 from ..weights.files import locked, replacing
+from . import tables
 from .cifar import CLASSES
 
 __all__ = ['COLUMNS', 'ROWS', 'TABLES', 'Row', 'Run', 'add_result', 'draw', 'read_results', 'report']
 
 
 class Row(NamedTuple):
-    """A row of the papers' tables: a model, its errors (%) there, and its arguments as --model-kwargs takes them."""
+    """A row of the papers' tables: a model, its errors (%) there, and the only regulated stage, if not all are."""
 
     model: str
     cifar10: float
     cifar100: float
-    arguments: str = ''
+    stage: int = 0
 
     @property
     def kwargs(self) -> Dict[str, Any]:
-        pairs = (argument.split('=') for argument in self.arguments.split())
-        return {key: ast.literal_eval(value) for key, value in pairs}
+        return {'regulated_stages': (self.stage,)} if self.stage else {}
+
+    @property
+    def arguments(self) -> str:
+        """As --model-kwargs takes them."""
+        return f'regulated_stages=({self.stage},)' if self.stage else ''
 
     def __str__(self) -> str:
-        return ' '.join(filter(None, (self.model, self.arguments)))
+        return f'{self.model} {self.arguments}'.strip()
 
 
 TABLES: Dict[str, List[Row]] = {
@@ -51,12 +55,12 @@ TABLES: Dict[str, List[Row]] = {
         Row('regnet_reg_seresnet20_convlstm', 6.98, 29.02),
     ],
     'stages': [
-        Row('regnet_reg_resnet20_convgru', 7.52, 30.40, 'regulated_stages=(1,)'),
-        Row('regnet_reg_resnet20_convgru', 7.48, 30.34, 'regulated_stages=(2,)'),
-        Row('regnet_reg_resnet20_convgru', 7.49, 30.30, 'regulated_stages=(3,)'),
-        Row('regnet_reg_resnet20_convlstm', 7.56, 30.23, 'regulated_stages=(1,)'),
-        Row('regnet_reg_resnet20_convlstm', 7.49, 30.28, 'regulated_stages=(2,)'),
-        Row('regnet_reg_resnet20_convlstm', 7.52, 29.92, 'regulated_stages=(3,)'),
+        Row('regnet_reg_resnet20_convgru', 7.52, 30.40, 1),
+        Row('regnet_reg_resnet20_convgru', 7.48, 30.34, 2),
+        Row('regnet_reg_resnet20_convgru', 7.49, 30.30, 3),
+        Row('regnet_reg_resnet20_convlstm', 7.56, 30.23, 1),
+        Row('regnet_reg_resnet20_convlstm', 7.49, 30.28, 2),
+        Row('regnet_reg_resnet20_convlstm', 7.52, 29.92, 3),
     ],
     'depth': [
         Row('cifar_resnet32', 7.54, 29.86),
@@ -80,25 +84,15 @@ ALIKE = ['dataset', 'schedule', 'epochs', 'engine', 'precision', 'images', 'sett
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One training of a row, by all that decides its result.
-
-    Args:
-        row: What is trained.
-        dataset: 'cifar10' or 'cifar100'.
-        schedule: Name of the recipe among the data set's.
-        seed: Of the weights, the order of the images and their views.
-        engine: 'resident' or 'train.py'.
-        recipe: The recipe's options, and those of the precision.
-        images: The number of images in train/ and validation/.
-    """
+    """One training of a row, by all that decides its result."""
 
     row: Row
-    dataset: str
-    schedule: str
-    seed: int
-    engine: str
-    recipe: Dict[str, Any]
-    images: Dict[str, int]
+    dataset: str  # 'cifar10' or 'cifar100'
+    schedule: str  # the name of the recipe among the data set's
+    seed: int  # of the weights, the order of the images and their views
+    engine: str  # 'resident' or 'train.py'
+    recipe: Dict[str, Any]  # its options, and those of the precision
+    images: Dict[str, int]  # how many are in train/ and validation/
 
     def __str__(self) -> str:
         return f'{self.row}, seed {self.seed}'
@@ -112,7 +106,8 @@ class Run:
         """The columns `IDENTITY`; `settings` is a digest of what the runs of a table are given alike."""
         settings = json.dumps([self.recipe, self.images], sort_keys=True).encode()
         values = {
-            **self.row._asdict(),
+            'model': self.row.model,
+            'arguments': self.row.arguments,
             **vars(self),
             'precision': 'bf16' if self.recipe.get('amp') else 'float32',
             'images': self.images['validation'],
@@ -125,35 +120,36 @@ class Run:
     def name(self) -> str:
         """Of the run's folder."""
         facts = self.identity
-        stages = ''.join(f'-stage{i}' for i in self.row.kwargs.get('regulated_stages', ()))
         names = [facts[key] for key in ('dataset', 'schedule', 'engine', 'precision', 'model')]
-        return f'{"-".join(names)}{stages}-seed{self.seed}-{facts["settings"]}'
+        stage = f'-stage{self.row.stage}' if self.row.stage else ''
+        return f'{"-".join(names)}{stage}-seed{self.seed}-{facts["settings"]}'
 
     def has_result(self, results: List[Dict[str, str]]) -> bool:
         return any(self.identity.items() <= result.items() for result in results)
 
 
-def read_results(path: Path) -> List[Dict[str, str]]:
-    """The rows of a CSV file that `add_result` wrote; none if it isn't there.
+def _check(results: List[Dict[str, str]]) -> None:
+    """Raises a ValueError if these can't be what `add_result` wrote."""
+    for line, result in enumerate(results, start=2):
+        if {*result} != {*COLUMNS} or None in result.values():
+            raise ValueError(f'line {line} has not the columns {", ".join(COLUMNS)}')
+        if (result['model'], result['arguments']) not in PLACES or result['dataset'] not in CLASSES:
+            raise ValueError(f'line {line} is of no row of the tables')
+        whole = [int(result[key]) for key in ('seed', 'images', 'parameters', 'multiply_adds')]
+        error, loss = 100 - float(result['top1']), float(result['train_loss'])
+        if not all(0 <= figure < math.inf for figure in (*whole, error, loss)) or error > 100:
+            raise ValueError(f'line {line} has a figure that cannot be')
+    runs = [' '.join(result[key] for key in IDENTITY) for result in results]
+    if len({*runs}) < len(runs):
+        raise ValueError(f'there are two rows of {max(runs, key=runs.count)}')
 
-    Raises:
-        UserError: It can't be read, or has been damaged.
-    """
+
+def read_results(path: Path) -> List[Dict[str, str]]:
+    """The rows of a CSV file, none if it isn't there; a UserError if it can't be read, or has been damaged."""
     try:
         with open(path, newline='', encoding='utf-8') as file:
             results = list(csv.DictReader(file))
-        for line, result in enumerate(results, start=2):
-            if {*result} != {*COLUMNS} or None in result.values():
-                raise ValueError(f'line {line} has not the columns {", ".join(COLUMNS)}')
-            if (result['model'], result['arguments']) not in PLACES or not hasattr(ROWS[0], result['dataset']):
-                raise ValueError(f'line {line} is of no row of the tables')
-            for key in ('seed', 'images', 'parameters', 'multiply_adds'):
-                int(result[key])
-            if not math.isfinite(float(result['train_loss'])) or not 0 <= float(result['top1']) <= 100:
-                raise ValueError(f'line {line} has an accuracy or a loss that cannot be')
-        runs = [tuple(result[key] for key in IDENTITY) for result in results]
-        if twice := [run for run in runs if runs.count(run) > 1]:
-            raise ValueError(f'there are two rows of {" ".join(filter(None, twice[0]))}')
+        _check(results)
     except FileNotFoundError:
         return []
     except (OSError, ValueError, csv.Error) as error:
@@ -162,16 +158,13 @@ def read_results(path: Path) -> List[Dict[str, str]]:
 
 
 def add_result(path: Path, result: Dict[str, Any]) -> None:
-    """Adds a row, in the order of the tables and seeds; other processes may do so at the same time.
-
-    Raises:
-        UserError: The file can't be read or written, or has a row of that run.
-    """
+    """Adds a row, in the order of the tables and seeds, once for a run; other processes may do so at the same time."""
     with locked(path, seconds=60):
-        results = read_results(path)
-        if any(all(known[key] == str(result[key]) for key in IDENTITY) for known in results):
-            raise UserError(f'{path}: has a row of this run, which stays')
-        results.append({key: str(value) for key, value in result.items()})
+        results = [*read_results(path), {key: str(value) for key, value in result.items()}]
+        try:
+            _check(results)
+        except ValueError as error:
+            raise UserError(f'{path}: the row of {result["model"]} is not added: {error}') from error
         results.sort(key=lambda r: (*(r[key] for key in ALIKE), PLACES[r['model'], r['arguments']], int(r['seed'])))
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
@@ -236,21 +229,15 @@ def report(results: List[Dict[str, str]]) -> str:
     for alike, rows in _groups(results).items():
         found = {key: {run[key] for runs in rows.values() for run in runs} for key in VERSIONS}
         versions = ', '.join(f'{key} {" and ".join(sorted(values))}' for key, values in found.items())
-        lines += [
-            f'{_title(alike)}. Trained with {versions}:',
-            '',
-            "| model | parameters | multiply-adds | error, % | seeds | training loss | papers' error, % |",
-            '|---|---:|---:|---:|---:|---:|---:|',
-        ]
+        columns = ['model', 'parameters', 'multiply-adds', 'error, %', 'seeds', 'training loss', "papers' error, %"]
+        lines += [f'{_title(alike)}. Trained with {versions}:', '', *tables.header(columns)]
         for row, runs in rows.items():
             mean, deviation = _error(runs)
             loss = statistics.mean(float(run['train_loss']) for run in runs)
-            lines.append(
-                f'| {row} '
-                f'| {int(runs[0]["parameters"]) / 1e6:.3f}M | {int(runs[0]["multiply_adds"]) / 1e6:.1f}M '
-                f'| {mean:.2f}{f" ± {deviation:.2f}" if len(runs) > 1 else ""} | {len(runs)} '
-                f'| {loss:.3f} | {getattr(row, alike[0]):.2f} |'
-            )
+            counts = int(runs[0]['parameters']) / 1e6, int(runs[0]['multiply_adds']) / 1e6
+            error = f'{mean:.2f} ± {deviation:.2f}' if len(runs) > 1 else f'{mean:.2f}'
+            figures = f'{counts[0]:.3f}M', f'{counts[1]:.1f}M', error, f'{len(runs)}', f'{loss:.3f}'
+            lines.append(tables.row([str(row), *figures, f'{getattr(row, alike[0]):.2f}']))
         lines += ['', *_differences(rows)]
     return '\n'.join(lines)
 
@@ -262,19 +249,16 @@ def draw(results: List[Dict[str, str]], path: Path) -> None:
     groups = _groups(results)
     figure = Figure(figsize=(6 * len(groups), 4.5), layout='constrained')
     for axes, (alike, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items()):
-        for color, kind in enumerate(('plain', 'convrnn', 'convgru', 'convlstm')):
-            chosen = [row for row in rows if (row.model.split('_')[-1] if row.model[0] == 'r' else 'plain') == kind]
-            if not chosen:
-                continue
-            millions = [int(rows[row][0]['parameters']) / 1e6 for row in chosen]
-            means, deviations = zip(*(_error(rows[row]) for row in chosen))
-            axes.errorbar(millions, means, deviations, fmt='o', capsize=3, color=f'C{color}', label=kind)
-            papers = [getattr(row, alike[0]) for row in chosen]
-            axes.plot(millions, papers, 'o', fillstyle='none', color=f'C{color}')
-            for x, y, row in zip(millions, means, chosen):
-                backbone = row.model.split('_')[-1 if kind == 'plain' else -2]
-                name = f'{backbone} {row.arguments.removeprefix("regulated_")}'
-                axes.annotate(name, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
+        for row, runs in rows.items():
+            plain = row.model.startswith('cifar_')
+            backbone, cell = (row.model.split('_')[-1], 'plain') if plain else row.model.split('_')[-2:]
+            color = f'C{["plain", "convrnn", "convgru", "convlstm"].index(cell)}'
+            label = cell if cell not in axes.get_legend_handles_labels()[1] else None
+            (mean, deviation), millions = _error(runs), int(runs[0]['parameters']) / 1e6
+            axes.errorbar(millions, mean, deviation, fmt='o', capsize=3, color=color, label=label)
+            axes.plot(millions, getattr(row, alike[0]), 'o', fillstyle='none', color=color)
+            name = f'{backbone} {row.arguments.removeprefix("regulated_")}'
+            axes.annotate(name, (millions, mean), xytext=(4, 4), textcoords='offset points', fontsize=7)
         axes.set_title(_title(alike).replace(', settings', ',\nsettings'), fontsize='medium')
         axes.set(xlabel='parameters, millions', ylabel='error, %')
         axes.margins(x=0.12)  # for the names

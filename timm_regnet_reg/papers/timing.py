@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer
 
-__all__ = ['Step', 'capture', 'inference_step', 'kernels', 'peak_memory', 'stopwatch', 'training_step']
+__all__ = ['Step', 'capture', 'inference_step', 'kernel_time', 'peak_memory', 'stopwatch', 'training_step']
 
 Step = Callable[[], None]
 
@@ -60,7 +60,7 @@ def capture(step: Step) -> Step:
 
 def _trace(step: Step, activity: ProfilerActivity) -> List[Dict[str, Any]]:
     """The events that torch's profiler sees in a step."""
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it would report each start and stop, across the progress bar
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it would report each start and stop
     with profile(activities=[activity], profile_memory=activity is ProfilerActivity.CPU) as profiler:
         step()
         if activity is ProfilerActivity.CUDA:
@@ -72,17 +72,13 @@ def _trace(step: Step, activity: ProfilerActivity) -> List[Dict[str, Any]]:
             return json.load(file)['traceEvents']
 
 
-def kernels(step: Step) -> List[float]:
-    """The seconds of each kernel, copy and fill that a step runs on the GPU.
-
-    Raises:
-        RuntimeError: The profiler saw none, which is to say that it can't see them here.
-    """
-    events = _trace(step, ProfilerActivity.CUDA)
-    times = [1e-6 * e['dur'] for e in events if e.get('cat') in ('kernel', 'gpu_memcpy', 'gpu_memset')]
+def kernel_time(step: Step) -> float:
+    """The seconds of all kernels, copies and fills that a step runs on the GPU; a RuntimeError if none can be seen."""
+    kinds = ('kernel', 'gpu_memcpy', 'gpu_memset')
+    times = [event['dur'] for event in _trace(step, ProfilerActivity.CUDA) if event.get('cat') in kinds]
     if not times:
         raise RuntimeError("torch's profiler saw no kernels: CUPTI doesn't work here")
-    return times
+    return 1e-6 * sum(times)
 
 
 def peak_memory(step: Step, device: torch.device) -> int:

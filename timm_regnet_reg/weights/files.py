@@ -1,6 +1,5 @@
 """Files and folders that are replaced as a whole or not at all, and a lock for those that several processes write."""
 
-import errno
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +24,8 @@ def check_writable(path, folder: bool = False) -> None:
         UserError: Nothing can be written there, or what is there is of the other kind.
     """
     target = Path(os.path.realpath(path))
+    place = target.parent
     try:
-        place = target.parent
         while not place.exists():  # folders on the way are made when they are needed
             place = place.parent
         with _temporary(target, place):
@@ -34,8 +33,7 @@ def check_writable(path, folder: bool = False) -> None:
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror or error}); choose another output') from error
     if other_kind:
-        found, expected = ('a file', 'a folder') if folder else ('a folder', 'a file')
-        raise UserError(f'{path}: is {found}, and {expected} would be written there; choose another output')
+        raise UserError(f'{path}: is a {"file" if folder else "folder"}, which is not replaced; choose another output')
 
 
 @contextmanager
@@ -57,8 +55,6 @@ def replacing(path, folder: bool = False) -> Iterator[Path]:
         with _temporary(target, target.parent) as hidden:
             new, old = Path(hidden, target.name), Path(hidden, 'old')
             yield new
-            for written in (new, *new.rglob('*')):
-                _sync(written)
             try:
                 if folder and target.exists():  # `os.replace` replaces a file, but no folder
                     os.rename(target, old)
@@ -67,9 +63,9 @@ def replacing(path, folder: bool = False) -> Iterator[Path]:
                 if old.exists() and not target.exists():
                     os.rename(old, target)
     except (OSError, SafetensorError) as error:
-        state = 'What was there is unchanged' if target.exists() else 'Nothing half written was left behind'
         raise UserError(
-            f'{path}: could not be written ({error}). {state}; free some space there or choose another output'
+            f'{path}: could not be written ({error}). What was there before is unchanged; free some space there or '
+            'choose another output'
         ) from error
 
 
@@ -90,7 +86,7 @@ def locked(path, seconds: float) -> Iterator[None]:
             lock = FileLock(place).acquire(seconds)
         except Timeout:
             raise
-        except (OSError, NotImplementedError):  # no locks on Lustre and some NFS
+        except OSError:  # no locks on Lustre and some NFS
             place = target.with_name(f'.{target.name}.softlock')
             lock = SoftFileLock(place).acquire(seconds)
     except Timeout as error:
@@ -106,13 +102,3 @@ def locked(path, seconds: float) -> Iterator[None]:
 def _temporary(target: Path, place: Path) -> TemporaryDirectory:
     # what can't be cleaned up must not hide the error that matters
     return TemporaryDirectory(prefix=f'.{target.name}.', dir=place, ignore_cleanup_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Has a file reach the disk, which may turn out to be full only then. Not all file systems can."""
-    try:
-        with open(path, 'rb+') as file:  # Windows syncs no read-only handles
-            os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
-            raise

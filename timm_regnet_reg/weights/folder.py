@@ -1,5 +1,6 @@
 """The folder of a packaged network, byte for byte the repository of the Hub that it can become."""
 
+import hashlib
 import json
 import os
 import platform
@@ -15,15 +16,20 @@ from timm.models import save_for_hf
 
 from .. import __version__
 from ..errors import UserError, reason
-from ..pretrained import file_sha256
 from .files import check_writable, replacing
 from .inference import load_model
 from .scoring import Score
 
-__all__ = ['FILES', 'Folder', 'check_folder', 'check_replaceable', 'save_folder']
+__all__ = ['FILES', 'Folder', 'check_folder', 'check_replaceable', 'file_sha256', 'save_folder']
 
 CONFIG, WEIGHTS, CARD = FILES = ('config.json', 'model.safetensors', 'README.md')
 TOP1, TOP5 = 'Top-1 accuracy', 'Top-5 accuracy'
+
+
+def file_sha256(path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, 'rb') as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 class Folder(NamedTuple):
@@ -89,28 +95,20 @@ model = timm.create_model('local-dir:{name}', pretrained=True)  # on the Hub: 'h
 
 
 def check_replaceable(folder, overwrite: bool = False) -> None:
-    """Checks before the work that `save_folder` can write there; `overwrite` allows for a card edited by hand.
+    """Checks before the work that `save_folder` may write there.
 
     Raises:
-        UserError: The place can't be written, or holds files that are not of this kind, or a card edited by hand.
+        UserError: The place can't be written, or holds other files, or a card edited by hand without `overwrite`.
     """
     check_writable(folder, folder=True)
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return
+    config, card = Path(folder, CONFIG), Path(folder, CARD)
     if foreign := sorted({*os.listdir(folder)} - {*FILES}):
         raise UserError(f'{folder}: not replaced, for it is more than a model ({", ".join(foreign)}); move it away')
-    if overwrite or not (folder / CARD).exists():
-        return
-    try:
-        written = json.loads((folder / CONFIG).read_text(encoding='utf-8')).get('card_sha256')
-    except (OSError, ValueError, AttributeError):
-        written = None
-    if file_sha256(folder / CARD) != written:
-        raise UserError(
-            f'{folder / CARD}: not replaced, for it may have been edited by hand; move {folder} away, or package with '
-            '--overwrite'
-        )
+    written = config.read_text(encoding='utf-8') if config.exists() else ''
+    if card.exists() and not overwrite and file_sha256(card) not in written:
+        raise UserError(f'{card}: not replaced, for it may be edited by hand; move {folder} away, or --overwrite it')
 
 
 def save_folder(
@@ -122,22 +120,19 @@ def save_folder(
     details: Dict[str, Any],
     reproduce: str,
     data_config: Dict[str, Any],
-    overwrite: bool = False,
-) -> Path:
+) -> None:
     """Writes `config.json`, `model.safetensors` and `README.md`, checked, as a whole or not at all.
 
     Args:
-        folder: `…/{model}.{tag}`.
+        folder: `…/{model}.{tag}`, which `check_replaceable` lets be replaced.
         data: What the images are that were scored, in words.
         details: The rows of the card's table about the training, and anything else the reader must know.
         reproduce: Markdown that says how to get these weights again.
         data_config: Input size, mean, std, interpolation and crop to record.
-        overwrite: As of `check_replaceable`.
 
     Raises:
-        UserError: The disk is full or not writable, or the target holds other files or a card edited by hand.
+        UserError: The disk is full or not writable.
     """
-    check_replaceable(folder, overwrite)
     name = Path(folder).name
     told = {'tag': name.partition('.')[2], 'license': license}
     with replacing(folder, folder=True) as new:
@@ -156,47 +151,32 @@ def save_folder(
         config['card_sha256'] = file_sha256(new / CARD)
         (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         check_folder(new)
-    return Path(folder).absolute()
 
 
 def check_folder(folder) -> Folder:
-    """Checks a folder as `package` writes it: its files, the hash of the weights, the network in it, and the card.
-
-    Raises:
-        UserError: Names the file at fault and what to do.
-    """
+    """Checks a folder's files, the hash of the weights, card and network; a UserError names what is at fault."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder; expected one that `package` wrote')
     names = {path.name for path in folder.iterdir()}
-    wrong = [f'{name} is missing' for name in FILES if name not in names]
-    wrong += [f'{name} is not expected' for name in sorted(names - {*FILES})]
-    if wrong:
-        raise UserError(f'{folder}: {", ".join(wrong)}; a folder holds exactly {", ".join(FILES)}')
+    if names != {*FILES}:
+        missing, foreign = (', '.join(sorted(some)) or 'nothing' for some in ({*FILES} - names, names - {*FILES}))
+        raise UserError(f'{folder}: holds other files than `package` wrote; missing: {missing}; added: {foreign}')
     try:
         config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
         expected = config['sha256']
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f'{folder / CONFIG}: is not a config that `package` wrote ({error!r}); restore it') from error
+    if file_sha256(folder / WEIGHTS) != expected:
         raise UserError(
-            f'{folder / CONFIG}: is not a config that `package` wrote ({error!r}); run `package` again, or restore it'
-        ) from error
-    found = file_sha256(folder / WEIGHTS)
-    if found != expected:
-        raise UserError(
-            f'{folder / WEIGHTS}: is truncated, damaged or of another model: its SHA-256 is {found}, {CONFIG} says '
-            f'{expected}; run `package` again, or restore the file'
+            f'{folder / WEIGHTS}: is damaged or of another model, as its SHA-256 is not {expected}, which {CONFIG} '
+            'says; run `package` again, or restore the file'
         )
-    return Folder(folder, config, _read_card(folder / CARD), load_model(f'local-dir:{folder}'))
-
-
-def _read_card(path: Path) -> ModelCard:
     try:
-        card = ModelCard.load(path)
+        card = ModelCard.load(folder / CARD)
+        scored = [result.metric_name for result in card.data.eval_results or []]
     except Exception as error:  # the client stumbles in many ways over front matter that it doesn't expect
-        raise UserError(f'{path}: its front matter cannot be read ({reason(error)}); run `package` again') from error
-    missing = [] if card.data.license else ['license']
-    if TOP1 not in [result.metric_name for result in card.data.eval_results or []]:
-        missing.append(f'model-index with "{TOP1}"')
-    if missing:
-        raise UserError(f'{path}: its front matter lacks {" and ".join(missing)}; run `package` again')
-    return card
+        raise UserError(f'{folder / CARD}: its front matter cannot be read ({reason(error)}); restore it') from error
+    if not card.data.license or TOP1 not in scored:
+        raise UserError(f'{folder / CARD}: its front matter lacks a license or the "{TOP1}"; restore it')
+    return Folder(folder, config, card, load_model(f'local-dir:{folder}'))

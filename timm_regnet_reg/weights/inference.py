@@ -1,6 +1,5 @@
 """Loading a classifier with its labels, finding images, and predicting."""
 
-import difflib
 import os
 from itertools import islice
 from pathlib import Path
@@ -10,20 +9,11 @@ import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
-from timm.models import is_model
 
 from ..errors import UserError, reason
 from .scoring import check_device, check_finite, image_mode
 
-__all__ = [
-    'Prediction',
-    'class_labels',
-    'find_images',
-    'load_model',
-    'predict',
-    'prediction_lines',
-    'try_image',
-]
+__all__ = ['Prediction', 'class_labels', 'find_images', 'load_model', 'predict', 'prediction_lines', 'try_image']
 
 BATCH_SIZE = 32
 
@@ -48,21 +38,11 @@ def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
             one that isn't that of its weights or its labels, or it doesn't classify an image as its config says.
     """
     torch_device = check_device(device)
-    architecture = name.split('.')[0]
-    if ':' not in name and not is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), 3)
-        meant = f' Did you mean {", ".join(close)}?' if close else ''
-        raise UserError(
-            f'{name}: is not a model that timm knows.{meant} timm.list_pretrained() names them all; a repository of '
-            'the Hub is hf-hub:OWNER/NAME, a folder local-dir:FOLDER'
-        )
     try:
         model = timm.create_model(name, pretrained=True).eval()
     except Exception as error:  # timm, the Hub's client and the file formats each raise errors of their own
-        raise UserError(
-            f'{name}: could not be loaded: {reason(error)}\nExpected a model of timm.list_pretrained(), '
-            'hf-hub:OWNER/NAME or local-dir:FOLDER.'
-        ) from error
+        expected = 'a model of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER'
+        raise UserError(f'{name}: could not be loaded: {reason(error)}\nExpected {expected}.') from error
     _check_classes(model, name)
     try_image(model, resolve_data_config(model=model), name)
     return model.to(torch_device)
@@ -72,24 +52,18 @@ def _check_classes(model: torch.nn.Module, source: str) -> None:
     """Raises a UserError unless network, config and labels agree: timm would leave the classifier at random."""
     if not getattr(model, 'num_classes', 0):
         raise UserError(f'{source}: has no classifier; choose a model that was trained to classify')
-    cfg, labels = model.pretrained_cfg, model.pretrained_cfg.get('label_names')
-    counts = {'its network has': model.num_classes, 'num_classes says': cfg['num_classes']}
-    if isinstance(labels, (list, tuple)):  # a dict names some of them
-        counts['label_names are'] = len(labels)
-    if len(set(counts.values())) > 1:
-        told = ', '.join(f'{what} {count}' for what, count in counts.items())
-        raise UserError(
-            f'{source}: its config contradicts itself on the number of classes ({told}), so the classifier would not '
-            'be the one that was trained; correct the config, or get it again'
-        )
+    count, said, names = model.num_classes, model.pretrained_cfg['num_classes'], model.pretrained_cfg.get('label_names')
     try:
-        if not {*class_labels(model)} <= {*range(model.num_classes)}:
-            raise ValueError(f'{labels!r:.40}')
-    except (ValueError, TypeError, AttributeError) as error:
+        labels = class_labels(model)
+        agree = count == said and {*labels} <= {*range(count)}
+        agree = agree and (not names or isinstance(names, dict) or len(labels) == count)  # a dict names some of them
+    except (ValueError, TypeError, AttributeError):
+        agree = False
+    if not agree:
         raise UserError(
-            f'{source}: its config has label_names or label_descriptions that are not the names of its '
-            f'{model.num_classes} classes ({reason(error)}); correct config.json'
-        ) from error
+            f'{source}: its network tells {count} classes apart, but its config has num_classes {said} and label_names '
+            f'{names!r:.80}, or label_descriptions of others: its answers would be wrong; correct config.json'
+        )
 
 
 def class_labels(model: torch.nn.Module) -> Dict[int, str]:
@@ -106,41 +80,29 @@ def class_labels(model: torch.nn.Module) -> Dict[int, str]:
 
 
 def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> None:
-    """Classifies one image, made up and prepared for the model, on the CPU and in evaluation mode.
-
-    Raises:
-        UserError: It can't be prepared or classified, or the logits aren't finite. `source` is the file to name.
-    """
+    """Classifies a made-up image on the CPU, in evaluation mode; a UserError that names `source` if that fails."""
     try:
         image = Image.linear_gradient('L').convert(image_mode(data_config))
         with torch.inference_mode():
             logits = model(create_transform(**data_config)(image)[None])
     except Exception as error:  # transforms and networks raise whatever they stumble over
         raise UserError(
-            f'{source}: an image cannot be prepared and classified as it says ({reason(error)}), with {data_config}; '
-            'correct that, or get it again'
+            f'{source}: an image cannot be prepared and classified ({reason(error)}) with {data_config}; correct that'
         ) from error
     check_finite(logits, source)
 
 
 def find_images(names: Iterable[str]) -> List[str]:
-    """Files as they are given; for a folder the images in it and below, by extension and sorted.
-
-    Raises:
-        UserError: There is no such file or folder, or no image in a folder.
-    """
-    extensions = {
-        extension
-        for extension, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and Image.MIME.get(kind, '').startswith('image/')
-    }
+    """Files as they are given, and for a folder the images in it and below, sorted; a UserError if there are none."""
+    kinds = Image.registered_extensions().items()
+    extensions = {extension for extension, kind in kinds if Image.MIME.get(kind, '').startswith('image/')}
     found = []
     for name in names:
         if os.path.isfile(name):
             found.append(name)
         elif os.path.isdir(name):
-            files = (file for file in sorted(Path(name).rglob('*')) if file.suffix.lower() in extensions)
-            images = [str(file) for file in files if not file.name.startswith('.') and file.is_file()]
+            files = (file for file in sorted(Path(name).rglob('[!.]*')) if file.suffix.lower() in extensions)
+            images = [str(file) for file in files if file.is_file()]
             if not images:
                 raise UserError(f'{name}: holds no images; expected .jpg, .png, .webp or the like in it or below it')
             found += images

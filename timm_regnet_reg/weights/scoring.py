@@ -2,12 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from PIL import Image, ImageOps
 from timm.data import ImageDataset, create_loader
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.task.evaluator import ClassificationEvaluator
 from tqdm import tqdm
 
@@ -38,23 +37,19 @@ class Score(NamedTuple):
 def check_device(name: str) -> torch.device:
     """The device of that name; a UserError if the name is none, or the machine has no such device."""
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ('cpu', 'cuda') or (device.type == 'cpu' and device.index):
-        raise UserError(f'--device {name}: expected cpu, cuda or cuda:N')
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f'--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; --device cpu works')
-    return device
+        torch.zeros(1, device=name).item()  # `meta` is a device that computes nothing
+    except Exception as error:  # each backend raises errors of its own
+        told = reason(error).splitlines()[0]
+        raise UserError(
+            f'--device {name}: expected cpu, cuda or cuda:N, as far as torch finds them ({told})'
+        ) from error
+    return torch.device(name)
 
 
 def check_finite(logits: torch.Tensor, source) -> None:
     """Raises a UserError, which names `source`, if logits aren't all finite."""
     if not logits.isfinite().all():
-        raise UserError(
-            f'{source}: the network gives outputs that are not finite (NaN or infinite); take weights from before the '
-            'training diverged'
-        )
+        raise UserError(f'{source}: the outputs are not finite; take weights from before the training diverged')
 
 
 def image_mode(data_config: Dict[str, Any]) -> str:
@@ -66,14 +61,11 @@ def image_mode(data_config: Dict[str, Any]) -> str:
 
 
 def read_image(path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
-    """An image with 8 bits a channel.
+    """An image with 8 bits a channel; a UserError if it is none, or damaged, or has grey values of unknown range.
 
     Args:
         mode: 'L' or 'RGB'.
         upright: Turn it the way its EXIF data says. timm's data sets, for training and for scoring, don't.
-
-    Raises:
-        UserError: It isn't an image, or is damaged, or has grey values of unknown range.
     """
     try:
         with Image.open(path) as opened:
@@ -84,19 +76,14 @@ def read_image(path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
                 raise ValueError('it has 32 bits a pixel, and what is white is not known; save it with 8 or 16')
             return image.convert(mode)
     except Exception as error:  # decoders raise whatever they stumble over in a damaged file
-        raise UserError(
-            f'{path}: cannot be read as an image ({reason(error)}); get it again, or leave it out'
-        ) from error
+        raise UserError(f'{path}: cannot be read as an image ({reason(error)}); get it again, or remove it') from error
 
 
 def split_folder(data_dir, split: str) -> Path:
     """The folder of a split of the data; a UserError if it is all of the data, training images included."""
     root = Path(data_dir, split)
     if root.resolve() == Path(data_dir).resolve():
-        raise UserError(
-            f'--split {split!r}: is all of {data_dir}, training images included; give the folder in it, such as '
-            'validation'
-        )
+        raise UserError(f'--split {split!r}: is all of {data_dir}, training included; give a folder in it (validation)')
     return root
 
 
@@ -119,7 +106,7 @@ class ImageFolder(ImageDataset):
             super().__init__(str(root), input_img_mode=image_mode(data_config), transform=transform)
         except RuntimeError as error:
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
-        self.label_names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
+        self.label_names = [*self.reader.class_to_idx]  # in the order of their numbers
         if len(self.label_names) != num_classes:
             raise UserError(
                 f'{root}: holds {len(self.label_names)} classes ({", ".join(self.label_names[:4])}, …), but the model '
@@ -132,18 +119,14 @@ class ImageFolder(ImageDataset):
         return self.transform(image) if self.transform else image, label
 
 
-def check_same_classes(images: ImageFolder, training_root) -> None:
-    """Raises a UserError unless images are of the classes of the training images, if these are there.
-
-    The order of the classes makes the labels.
-    """
-    trained = set(find_images_and_targets(str(training_root), sort=False)[1])
-    found = set(images.label_names)
-    if trained and found != trained:
-        lacks, adds = (', '.join(sorted(names)[:4]) or 'none' for names in (trained - found, found - trained))
+def check_same_classes(images: ImageFolder, expected: Sequence[str], source) -> None:
+    """Raises a UserError unless images are of the classes, if any, that `source` expects, in their order."""
+    if expected and images.label_names != [*expected]:
+        mine, given = {*expected}, {*images.label_names}
+        lacks, adds = (', '.join(sorted(names)[:4]) or 'none' for names in (mine - given, given - mine))
         raise UserError(
-            f'{images.reader.root}: its classes are not those of {training_root} (missing: {lacks}; added: {adds}), so '
-            'labels would be shifted; give the data that the network was trained on'
+            f'{images.reader.root}: its classes, or their order, are not those of {source} (missing: {lacks}; added: '
+            f'{adds}), so labels would be mistaken; give the data that the network was trained on'
         )
 
 
@@ -161,7 +144,7 @@ def score(
     Args:
         model: Images (B, C, height, width) to logits (B, num_classes).
         images: An `ImageFolder`, or another data set with `label_names` whose transform timm's loader may set.
-        data_config: Input size, mean, std, interpolation and crop, as `timm.data.resolve_data_config` gives them.
+        data_config: As `timm.data.resolve_data_config` gives it.
         desc: Label of the progress bar.
 
     Raises:
@@ -183,5 +166,5 @@ def score(
         # one of a worker process arrives with its traceback for a message
         raise UserError(str(error).rpartition(f'{UserError.__name__}: ')[2].strip()) from error
     model.cpu()
-    metrics = evaluator.compute()
-    return Score(round(metrics['top1'], 3), round(metrics['top5'], 3), evaluator.num_samples, images.label_names)
+    top1, top5 = (round(evaluator.compute()[name], 3) for name in ('top1', 'top5'))
+    return Score(top1, top5, evaluator.num_samples, images.label_names)
