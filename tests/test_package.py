@@ -195,7 +195,7 @@ def no_scoring(monkeypatch):
 @pytest.mark.parametrize(
     'changed, words',
     [
-        ({'model': 'resnet_of_mine'}, 'is not registered in timm'),
+        ({'model': 'resnet_of_mine'}, 'does not fit --model resnet_of_mine'),
         ({'tag': '../up'}, 'expected letters, digits'),
         ({'tag': 'x' * 240}, '64 at most'),
         ({'recipe': 'absent.yaml'}, 'cannot be read as a recipe'),

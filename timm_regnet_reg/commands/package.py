@@ -18,7 +18,7 @@ import torch
 import yaml
 from timm.data import resolve_input_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.models import clean_state_dict, is_model
+from timm.models import clean_state_dict
 from timm.models._input import get_model_args
 from timm.utils import load_checkpoint_metadata
 
@@ -160,8 +160,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if not is_model(args.model):
-        raise UserError(f'--model {args.model}: is not registered in timm; timm.list_models() names those that are')
     if not re.fullmatch('[A-Za-z0-9_]{1,64}', args.tag):
         raise UserError(f'--tag {args.tag}: expected letters, digits and "_" only, 64 at most, such as cifar10')
     device = check_device(args.device)
