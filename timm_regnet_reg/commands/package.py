@@ -140,21 +140,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--model', required=True, help='the architecture that was trained')
     parser.add_argument('--tag', required=True, help='name of these weights, letters, digits and "_" (cifar10, say)')
     add_data(parser)
-    parser.add_argument(
-        '--data-name', required=True, type=words, metavar='TEXT', help='what those images are, for the model card'
-    )
+    told = 'what those images are, for the model card'
+    parser.add_argument('--data-name', required=True, type=words, metavar='TEXT', help=told)
     parser.add_argument('--recipe', required=True, metavar='YAML', help='the file that train.py ran with (--config)')
     parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
-    parser.add_argument(
-        '--license', default='apache-2.0', type=words, help='license of the weights (default: %(default)s)'
-    )
+    told = 'license of the weights (default: %(default)s)'
+    parser.add_argument('--license', default='apache-2.0', type=words, help=told)
     parser.add_argument('--output', default='.', metavar='DIR', help='where {model}.{tag}/ goes (default: here)')
-    parser.add_argument(
-        '--overwrite', action='store_true', help='replace an earlier folder even if its README.md was edited by hand'
-    )
-    parser.add_argument(
-        '--batch-size', type=positive, default=128, metavar='N', help='for scoring (default: %(default)s)'
-    )
+    told = 'replace an earlier folder even if its README.md was edited by hand'
+    parser.add_argument('--overwrite', action='store_true', help=told)
+    told = 'for scoring (default: %(default)s)'
+    parser.add_argument('--batch-size', type=positive, default=128, metavar='N', help=told)
     parser.add_argument('--workers', type=count, default=2, metavar='N', help='loader processes (default: %(default)s)')
     add_device(parser)
 
