@@ -10,8 +10,8 @@ import warnings
 import timm
 from packaging.version import Version
 
-__version__ = '0.2.0'
-__all__ = ['regulate']
+__version__ = '0.3.0'
+__all__ = ['regulate', 'set_fused']
 
 OLDEST_TIMM = '1.0.31'
 
@@ -24,4 +24,5 @@ if Version(timm.__version__) < Version(OLDEST_TIMM):
     )
 
 from . import regnet_reg as regnet_reg  # noqa: E402
+from .fused import set_fused  # noqa: E402
 from .regulate import regulate  # noqa: E402

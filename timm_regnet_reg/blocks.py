@@ -306,10 +306,9 @@ class RegulatedStage(_Stage):
                 nn.init.ones_(identity.weight)
                 block.regulator_bn = fuse_conv_bn_eval(identity.to(bn.running_mean).eval(), bn)
         if isinstance(getattr(self, 'regulator', None), RegulatorCell):
-            step = reparameterize_cell(self.regulator)
             for block in self:
                 del block.step
-                block.step = step
+                block.step = reparameterize_cell(self.regulator)  # of its own: not all runtimes know shared layers
             del self.regulator
 
     @torch.jit.ignore
@@ -317,6 +316,27 @@ class RegulatedStage(_Stage):
         """Let every block start as the plain block that it is made of."""
         for block in self:
             block.start_at_identity()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """A new cell, and every block as the plain block that it is made of."""
+        self.regulator.reset_parameters()
+        self.start_at_identity()
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Initialise what no checkpoint gave, where transformers asks for it.
+
+        It builds networks on the meta device, loads them, initialises what is missing in the layers that it knows, and
+        then calls this method, timm's name for another purpose, on the module around them. Marked by then are the
+        tensors that were loaded and the modules that it is done with. Anyone else's call changes nothing.
+        """
+        mark = '_is_hf_initialized'
+        if hasattr(self[0], mark) and not hasattr(self, mark):
+            state = self.state_dict(keep_vars=True)
+            given = {name: tensor.clone() for name, tensor in state.items() if hasattr(tensor, mark)}
+            self.init_weights()
+            self.load_state_dict(given, strict=False)
 
     def __len__(self) -> int:
         return len(list(iter(self)))

@@ -10,6 +10,7 @@ import torch.fx
 import torch.nn as nn
 from torch import sigmoid, tanh
 
+from . import fused
 from .equations import Kernels, State, convgru, convlstm, convrnn, kernels
 
 __all__ = ['CELLS', 'ConvGRU', 'ConvLSTM', 'ConvRNN', 'RegulatorCell', 'reparameterize_cell']
@@ -48,8 +49,8 @@ class RegulatorCell(nn.Module):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.channels = channels
-        rows = len(self.gates) * channels
+        self.channels, self.num_gates = channels, len(self.gates)
+        rows = self.num_gates * channels
         self.pointwise = nn.Parameter(torch.empty(rows, 2, 1, 1, **dd))
         self.depthwise = nn.Parameter(torch.empty(rows, 1, 3, 3, **dd))
         self.bias = nn.Parameter(torch.empty(rows, **dd))
@@ -63,11 +64,9 @@ class RegulatorCell(nn.Module):
         nn.init.zeros_(self.bias)
 
     def merged_kernels(self) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All gates' kernels of X and of H, (G, N, 1, 3, 3), products of pointwise and depthwise; biases (G, N)."""
-        shape = (-1, self.channels, 1, 3, 3)
-        K_x = (self.pointwise[:, :1] * self.depthwise).view(shape)
-        K_h = (self.pointwise[:, 1:] * self.depthwise).view(shape)
-        return K_x, K_h, self.bias.view(-1, self.channels)
+        """All gates' kernels of X and of H (G·N, 1, 3, 3), products of pointwise and depthwise, and biases (G·N,)."""
+        # not [:, :1], which torch-pruning takes for a part of the channels
+        return self.pointwise[:, 0, None] * self.depthwise, self.pointwise[:, 1, None] * self.depthwise, self.bias
 
     def forward(self) -> Kernels:
         """The kernels of the time steps.
@@ -77,25 +76,25 @@ class RegulatorCell(nn.Module):
         K_x, K_h, b = self.merged_kernels()
         # cloned, as a view of a parameter says that it requires a gradient even under no_grad, and torch's counter of
         # operations, which meets the kernels as arguments of the blocks, then looks for one
-        return kernels(as_autocast(K_x), as_autocast(K_h), as_autocast(b.clone()))
+        return kernels(as_autocast(K_x), as_autocast(K_h), as_autocast(b.clone()), self.num_gates)
 
 
 class ConvRNN(RegulatorCell):
     __doc__ = convrnn.__doc__
     gates = ('h',)
-    step = staticmethod(convrnn)
+    step = staticmethod(fused.convrnn)
 
 
 class ConvGRU(RegulatorCell):
     __doc__ = convgru.__doc__
     gates = ('z', 'r', 'h')
-    step = staticmethod(convgru)
+    step = staticmethod(fused.convgru)
 
 
 class ConvLSTM(RegulatorCell):
     __doc__ = convlstm.__doc__
     gates = ('i', 'f', 'o', 'g')
-    step = staticmethod(convlstm)
+    step = staticmethod(fused.convlstm)
 
 
 CELLS = {'convrnn': ConvRNN, 'convgru': ConvGRU, 'convlstm': ConvLSTM}
@@ -128,7 +127,7 @@ class _Step(nn.Module):
 
     def __init__(self, cell: RegulatorCell) -> None:
         super().__init__()
-        for name, *W in zip(cell.gates, *(K.detach() for K in cell.merged_kernels())):
+        for name, *W in zip(cell.gates, *(K.detach().chunk(cell.num_gates) for K in cell.merged_kernels())):
             self.add_module(name, _Gate(*W))
 
 

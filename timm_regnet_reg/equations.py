@@ -32,10 +32,20 @@ State = Tuple[torch.Tensor, Optional[torch.Tensor]]  # H and C, (B, N, height, w
 
 
 @torch.fx.wrap  # symbolic tracing can't follow its loop: a node of the graph instead, and so below
-def kernels(K_x: torch.Tensor, K_h: torch.Tensor, b: torch.Tensor) -> Kernels:
-    """What the time steps of a stage are given, taken apart once for all of them."""
-    W = [K_x, K_h, b]
-    for gate_x, gate_h, gate_b in zip(K_x.unbind(), K_h.unbind(), b.unbind()):
+def kernels(K_x: torch.Tensor, K_h: torch.Tensor, b: torch.Tensor, gates: int) -> Kernels:
+    """What the time steps of a stage are given, taken apart once for all of them.
+
+    Args:
+        K_x: Kernels of X of all gates (G·N, 1, 3, 3).
+        K_h: Kernels of H, likewise.
+        b: Biases (G·N,).
+        gates: G.
+    """
+    W = [K_x.unflatten(0, (gates, -1)), K_h.unflatten(0, (gates, -1)), b.unflatten(0, (gates, -1))]
+    if gates == 1:  # Core ML's converter knows no single chunk
+        return W + [K_x, K_h, b]
+    # and not parts of the former three: torch-pruning would not end, as it takes them for reshaped feature maps
+    for gate_x, gate_h, gate_b in zip(K_x.chunk(gates), K_h.chunk(gates), b.chunk(gates)):
         W += [gate_x, gate_h, gate_b]
     return W
 

@@ -71,18 +71,20 @@ class RegulatedResNet(ResNet):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: Optional[bool] = None) -> None:
-        """As timm's ResNet, and the cells and fusions.
+        """As timm's ResNet, and the batch norms, cells and fusions.
 
         Args:
             zero_init_last: Start every residual branch at zero; None does so where there are residual connections.
         """
         if zero_init_last is None:
             zero_init_last = not any(isinstance(module, ZeroShortcut) for module in self.modules())
+        for module in self.modules():
+            if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                module.reset_parameters()  # to_empty left them uninitialised, and the fusions start from them
         super().init_weights(zero_init_last)
         for stage in self.stages():
             if isinstance(stage, RegulatedStage):
-                stage.regulator.reset_parameters()
-                stage.start_at_identity()
+                stage.init_weights()
 
     def _set_shortcut(self, shortcut: str) -> None:
         if shortcut == 'conv':

@@ -1,0 +1,205 @@
+"""On a GPU: the networks give what they give on the CPU, with fused time steps and without.
+
+`pytest -m cuda` runs these alone; where there is no GPU they are skipped.
+"""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import MODEL
+from test_fused import gradients, images, network
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import timm_regnet_reg
+from timm_regnet_reg import fused
+from timm_regnet_reg.__main__ import main
+
+DEVICE = 'cuda'
+CELLS = ('convrnn', 'convgru', 'convlstm')
+FORMATS = (torch.contiguous_format, torch.channels_last)
+# of the norm of what float64 gives on the CPU: the logits', and the largest of the gradients'
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-10),
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (5e-2, 0.2),
+    torch.float16: (1e-2, 5e-2),
+}
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device'),
+]
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """float32 is float32, and not TF32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture(params=['equations', 'fused'])
+def steps(request):
+    """Which time steps are used."""
+    fused.set_fused(request.param == 'fused')
+    yield request.param
+    fused.set_fused(False)
+
+
+def small(cell):
+    """RegNet-20 and images for it."""
+    return network(f'regnet_reg_resnet20_{cell}').to(DEVICE), images(7, 32).to(DEVICE)
+
+
+def error(actual, expected):
+    """Of tensors taken together, relative to the norm of what is expected."""
+    actual, expected = (torch.cat([t.detach().double().cpu().flatten() for t in ts]) for ts in (actual, expected))
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def assert_close(actual, expected, dtype=torch.float32):
+    """Logits, and gradients of the parameters."""
+    off = error(actual[:1], expected[:1]), error(actual[1:], expected[1:])
+    assert off[0] <= TOLERANCES[dtype][0] and off[1] <= TOLERANCES[dtype][1], f'logits and gradients are off by {off}'
+
+
+def uses_fused_steps(profile):
+    return any(event.key.startswith('timm_regnet_reg::') for event in profile.key_averages())
+
+
+@pytest.mark.parametrize('memory_format', FORMATS, ids=['contiguous', 'channels_last'])
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+@pytest.mark.parametrize('name', ['regnet_reg_resnet20_{}', 'regnet_reg_resnet50_{}'])
+@pytest.mark.parametrize('cell', CELLS)
+def test_outputs_and_gradients_are_those_of_the_cpu(cell, name, dtype, memory_format, steps):
+    model = network(name.format(cell))
+    x = images(4, 33 if '20' in name else 97)
+    expected = gradients(copy.deepcopy(model).double(), x.double())
+    half = dtype in (torch.bfloat16, torch.float16)
+    model = model.to(DEVICE, torch.float32 if half else dtype, memory_format=memory_format)
+    x = x.to(DEVICE, next(model.parameters()).dtype, memory_format=memory_format)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile, torch.autocast(DEVICE, dtype, enabled=half):
+        actual = gradients(model, x)
+    assert_close(actual, expected, dtype)
+    assert uses_fused_steps(profile) == (steps == 'fused' and dtype != torch.float64)
+
+
+@pytest.mark.parametrize('cell', CELLS)
+def test_fused_gradients_are_the_same_in_every_run(cell):
+    fused.set_fused()
+    X = torch.randn(64, 32, 32, 32, device=DEVICE, requires_grad=True)
+    W = timm_regnet_reg.cells.CELLS[cell](32).to(DEVICE)()
+
+    def run():
+        H, C = getattr(fused, cell)(X, None, None, W)
+        H, C = getattr(fused, cell)(X, H, C, W)
+        return torch.autograd.grad(H.square().sum(), [X, *W])
+
+    first = run()
+    assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, run(), strict=True))
+    fused.set_fused(False)
+
+
+@pytest.mark.parametrize('how', ['checkpointed', 'in CUDA graphs'])
+@pytest.mark.parametrize('cell', CELLS)
+def test_outputs_and_gradients_stay_the_same(cell, how, steps):
+    model, x = small(cell)
+    expected = gradients(model, x)
+    if how == 'checkpointed':
+        model.set_grad_checkpointing()
+    else:
+        model = torch.compile(model, mode='reduce-overhead', fullgraph=True)
+    for _ in range(4):  # graphs: warm-up, capture, replay
+        torch.compiler.cudagraph_mark_step_begin()
+        actual = gradients(model, x)
+    assert_close(actual, expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize('how', ['TorchScript', 'AOTInductor'])
+@torch.no_grad()
+def test_deployed_networks_keep_their_outputs(how, tmp_path, steps):
+    model, x = small('convlstm')
+    if how == 'TorchScript':
+        deployed = torch.jit.script(model)
+    else:
+        package = str(tmp_path / 'model.pt2')
+        torch._inductor.aoti_compile_and_package(torch.export.export(model, (x,)), package_path=package)
+        deployed = torch._inductor.aoti_load_package(package)
+    assert error([deployed(x)], [model(x)]) < 1e-4
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    backend = 'nccl' if DEVICE == 'cuda' else 'gloo'
+    dist.init_process_group(backend, init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('how', ['ddp', 'fsdp'])
+@pytest.mark.parametrize('cell', CELLS)
+def test_distributed_training_keeps_outputs_and_gradients(cell, how, steps, one_process):
+    plain, x = small(cell)
+    plain.train()
+    y = torch.arange(7).to(DEVICE)
+    model = copy.deepcopy(plain)
+    if how == 'ddp':
+        model = DistributedDataParallel(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    else:
+        for stage in (model.layer1, model.layer2, model.layer3):
+            fully_shard(stage)
+        fully_shard(model)
+    results = []
+    for m in (model, plain):
+        out = m(x)
+        torch.nn.functional.cross_entropy(out, y).backward()
+        grads = [p.grad.full_tensor() if how == 'fsdp' and m is model else p.grad for p in m.parameters()]
+        results.append([out, *grads])
+    assert_close(*results)
+
+
+@pytest.mark.parametrize('cell', CELLS)
+def test_training_with_a_gradient_scaler_goes_down(cell, steps):
+    model, x = small(cell)
+    model.train()
+    y = torch.arange(7).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    scaler = torch.amp.GradScaler(DEVICE)
+    losses = []
+    for _ in range(30):
+        with torch.autocast(DEVICE, torch.float16):
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], losses
+
+
+def test_regulate_stays_on_the_device():
+    plain, x = network('cifar_resnet20').to(DEVICE), images(size=32).to(DEVICE)
+    model = timm_regnet_reg.regulate(plain)
+    assert {p.device.type for p in model.parameters()} == {DEVICE}
+    with torch.no_grad():
+        assert error([model(x)], [plain(x)]) < 1e-4
+
+
+def test_commands_run_on_the_device(packaged, image_folder, tmp_path, capsys):
+    model = f'local-dir:{packaged}'
+    photo = next((image_folder / 'validation').rglob('*.png'))
+    assert main(['classify', str(photo), '--model', model, '--device', DEVICE]) == 0
+    on_device = capsys.readouterr().out
+    assert main(['classify', str(photo), '--model', model]) == 0
+    assert on_device.split()[:2] == capsys.readouterr().out.split()[:2]
+    output = os.path.join(tmp_path, 'similarity')
+    options = ['--data-dir', str(image_folder), '--output', output, '--device', DEVICE]
+    assert main(['similarity', MODEL, *options]) == 0
+    assert os.path.exists(os.path.join(output, 'similarity.csv'))
