@@ -128,7 +128,7 @@ def _create_model(
     model = _build(name, train_args, state_dict)
     architecture = model.pretrained_cfg['architecture']
     if architecture != name:
-        raise UserError(f'is a checkpoint of {architecture}; give one of {name}, or that --model')
+        raise UserError(f'it is a checkpoint of {architecture}; give one of {name}, or that --model')
     model.pretrained_cfg.update(dict.fromkeys(_PROVENANCE), custom_load=False)
     check_weights(state_dict, model)
     model.load_state_dict(state_dict)
@@ -163,10 +163,7 @@ def main(args: argparse.Namespace) -> None:
     check_replaceable(output, args.overwrite)
     root = split_folder(args.data_dir, args.split)
     state_dict, train_args, epochs = read_checkpoint(args.checkpoint, args.use_ema)
-    trained = str(train_args.get('model'))
     try:
-        if ':' not in trained and trained.split('.')[0] != args.model:
-            raise UserError(f'it is a checkpoint of {trained}; give one of {args.model}, or that --model')
         model, data_config = _create_model(args.model, train_args, state_dict)
     except Exception as error:  # whatever networks, torch and timm make of wrong arguments
         raise UserError(f'{args.checkpoint}: does not fit --model {args.model}: {reason(error)}') from error
