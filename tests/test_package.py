@@ -27,7 +27,7 @@ def package(trained, image_folder, tmp_path, capsys):
     """Runs the command; keywords replace arguments. Returns exit code and stderr."""
 
     def run(checkpoint=trained.checkpoint, *flags, **changed):
-        command = package_command(trained, image_folder, tmp_path / 'out', **changed)
+        command = package_command(trained, image_folder, **{'output': tmp_path / 'out', **changed})
         try:
             code = main([*command, str(checkpoint), *flags])
         except SystemExit as stop:  # argparse's answer to an argument that it can't take
