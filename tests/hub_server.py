@@ -87,11 +87,11 @@ class HubServer:
         self.http.shutdown()
         self.http.server_close()
 
-    def add_repo(self, repo_id: str, files: Dict[str, bytes], private: bool = False) -> str:
-        """Puts a repository there as if it had been pushed long ago. Returns its commit."""
+    def add_repo(self, repo_id: str, files: Dict[str, bytes]) -> str:
+        """Puts a public repository there as if it had been pushed long ago. Returns its commit."""
         stored = {path: File(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items()}
         self.lfs.update({file.sha256: file.data for file in stored.values() if file.lfs})
-        self.repos[repo_id] = Repo(private, stored)
+        self.repos[repo_id] = Repo(False, stored)
         return self.repos[repo_id].refs['main']
 
     def files(self, repo_id: str, revision: str = 'main') -> Dict[str, bytes]:
@@ -168,13 +168,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def body(self) -> bytes:
-        if self.headers.get('Transfer-Encoding') == 'chunked':
-            data = b''
-            while size := int(self.rfile.readline().split(b';')[0], 16):
-                data += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return data
         return self.rfile.read(int(self.headers.get('Content-Length', 0)))
 
     # Requests
@@ -209,25 +202,21 @@ class _Handler(BaseHTTPRequestHandler):
         return self.hub.tokens.get(self.headers.get('Authorization', '').removeprefix('Bearer '))
 
     def repo(self, repo_id: str, write: bool = False) -> Optional[Repo]:
-        """The repository, or None after an error was answered, as the Hub does: who may not see it learns nothing."""
+        """The repository, or None after an error was answered."""
         writable = self.writable()
         repo = self.hub.repos.get(repo_id)
-        if repo is None or repo.private and (writable is None or repo_id.split('/')[0] not in writable):
-            self.error(401 if writable is None else 404, 'RepoNotFound', 'Repository not found')
-        elif write and writable is None:
-            self.error(401, '', 'Invalid username or password.')
-        elif write and repo_id.split('/')[0] not in writable and 'create_pr' not in self.query:
-            self.error(403, '', 'Forbidden: you must use a token with write access to this repository')
-        else:
-            return repo
-        return None
+        if repo is None:
+            return self.error(401 if writable is None else 404, 'RepoNotFound', 'Repository not found')
+        if write and writable is None:
+            return self.error(401, '', 'Invalid username or password.')
+        if write and repo_id.split('/')[0] not in writable and 'create_pr' not in self.query:
+            return self.error(403, '', 'Forbidden: you must use a token with write access to this repository')
+        return repo
 
     def find(self, repo_id: str, revision: str):
         repo = self.repo(repo_id)
-        if repo is None:
-            return None, None
-        oid = repo.resolve(revision)
-        if oid is None:
+        oid = repo and repo.resolve(revision)
+        if repo and oid is None:
             self.error(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
         return repo, oid
 

@@ -117,29 +117,24 @@ def hold(path, taken, done):
         done.wait(60)
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """A process that has the lock of `a/b`, and what makes it end."""
+def start_holder(path):
+    """A process that has the lock, and what makes it end."""
     context = multiprocessing.get_context('fork')
     taken, done = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path / 'a/b', taken, done))
-
-    def start():
-        process.start()
-        assert taken.wait(60)
-        return process, done
-
-    return start
+    process = context.Process(target=hold, args=(path, taken, done))
+    process.start()
+    assert taken.wait(60)
+    return process, done
 
 
 @pytest.mark.parametrize('number', [None, errno.ENOLCK, errno.ENOSYS], ids=['locks', 'ENOLCK', 'ENOSYS'])
 @pytest.mark.filterwarnings('ignore:flock not supported')
 @pytest.mark.filterwarnings('ignore:This process')
-def test_a_lock_keeps_others_out_until_its_holder_ends(tmp_path, holder, number, monkeypatch):
+def test_a_lock_keeps_others_out_until_its_holder_ends(tmp_path, number, monkeypatch):
     """Also where the system has no locks, as Lustre and some NFS."""
     if number:
         monkeypatch.setattr('fcntl.flock', raising(number))
-    process, done = holder()
+    process, done = start_holder(tmp_path / 'a/b')
     with pytest.raises(UserError, match='b: is in use by another process; wait for it'):
         with locked(tmp_path / 'a/b', seconds=0.2):
             pytest.fail('two have it')
@@ -149,8 +144,8 @@ def test_a_lock_keeps_others_out_until_its_holder_ends(tmp_path, holder, number,
         pass
 
 
-def test_a_killed_process_leaves_no_lock(tmp_path, holder):
-    process, _ = holder()
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    process, _ = start_holder(tmp_path / 'a/b')
     process.kill()
     process.join()
     with locked(tmp_path / 'a/b', seconds=0):

@@ -27,7 +27,7 @@ def package(trained, image_folder, tmp_path, capsys):
     """Runs the command; keywords replace arguments. Returns exit code and stderr."""
 
     def run(checkpoint=trained.checkpoint, *flags, **changed):
-        command = package_command(trained, image_folder, tmp_path / 'out', **changed)
+        command = package_command(trained, image_folder, **{'output': tmp_path / 'out', **changed})
         try:
             code = main([*command, str(checkpoint), *flags])
         except SystemExit as stop:  # argparse's answer to an argument that it can't take
@@ -195,7 +195,7 @@ def no_scoring(monkeypatch):
 @pytest.mark.parametrize(
     'changed, words',
     [
-        ({'model': 'resnet_of_mine'}, 'is not registered in timm'),
+        ({'model': 'resnet_of_mine'}, 'does not fit --model resnet_of_mine'),
         ({'tag': '../up'}, 'expected letters, digits'),
         ({'tag': 'x' * 240}, '64 at most'),
         ({'recipe': 'absent.yaml'}, 'cannot be read as a recipe'),
@@ -209,7 +209,6 @@ def no_scoring(monkeypatch):
         ({'split': ''}, "--split ''"),
         ({'split': '.'}, "--split '.'"),
         ({'output': '/proc/here'}, 'cannot be written'),
-        ({'output': 'x' * 300}, 'File name too long'),
         ({'output': __file__}, 'Not a directory'),
     ],
 )
@@ -220,26 +219,18 @@ def test_arguments_are_checked_before_the_work(package, no_scoring, tmp_path, mo
     assert os.listdir(tmp_path) == []
 
 
-def add_class(images, split, name, source='ant'):
-    shutil.copytree(images / 'validation' / source, images / split / name)
-
-
 @pytest.mark.parametrize(
     'change, words',
     [
         (lambda d: shutil.rmtree(d / 'validation'), 'no such folder'),
         (lambda d: [path.unlink() for path in d.rglob('*.png')], 'holds no images'),
         (lambda d: shutil.rmtree(d / 'validation' / 'bee'), 'holds 2 classes (ant, cat, …), but the model tells 3'),
-        (lambda d: add_class(d, 'validation', 'dog'), 'holds 4 classes'),
-        (
-            lambda d: (shutil.copytree(d / 'validation', d / 'train'), (d / 'train/ant').rename(d / 'train/eel')),
-            'missing: eel; added: ant',
-        ),
-        (lambda d: (shutil.copytree(d / 'validation', d / 'train'), add_class(d, 'train', 'dog')), 'missing: dog'),
+        (lambda d: (d / 'validation/bee').rename(d / 'validation/eel'), 'missing: bee; added: eel'),
     ],
 )
 def test_data_must_be_of_the_classes_that_were_trained(package, no_scoring, tmp_path, image_folder, change, words):
     images = shutil.copytree(image_folder, tmp_path / 'images')
+    shutil.copytree(images / 'validation', images / 'train')
     change(images)
     code, err = package(data_dir=images)
     assert code == 1 and words in err and str(images) in err
@@ -247,11 +238,10 @@ def test_data_must_be_of_the_classes_that_were_trained(package, no_scoring, tmp_
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-@pytest.mark.parametrize('data', [b'', b'no image', None])
-def test_image_that_cannot_be_read_is_named(package, tmp_path, image_folder, data, workers):
+def test_image_that_cannot_be_read_is_named(package, tmp_path, image_folder, workers):
     images = shutil.copytree(image_folder, tmp_path / 'images')
     bad = images / 'validation/bee/2.png'
-    bad.write_bytes(bad.read_bytes()[:1000] if data is None else data)
+    os.truncate(bad, 1000)
     code, err = package(data_dir=images, workers=workers)
     assert code == 1 and err.splitlines()[-1].startswith(f'regnet-reg: error: {bad}: cannot be read as an image (')
     assert not (tmp_path / 'out').exists()
@@ -452,6 +442,7 @@ SPOILED = {
     'list': (lambda f: (f / 'config.json').write_text('[]'), 'not a config that `package` wrote'),
     'pickle': (lambda f: (f / 'pytorch_model.bin').write_bytes(pickle.dumps(Bomb())), 'added: pytorch_model.bin'),
     'pickle_in_place': (lambda f: rehash(f, pickle.dumps(Bomb())), 'could not be loaded'),
+    'no_folder': (shutil.rmtree, 'no such folder'),
     'missing_file': (lambda f: (f / 'README.md').unlink(), 'missing: README.md'),
     'card_without_license': (lambda f: edit_card(f, license='lic'), 'lacks a license'),
     'card_without_score': (lambda f: edit_card(f, '---\nlicense: mit\n---\n'), 'Top-1'),
@@ -465,17 +456,9 @@ def test_spoiled_folder_is_refused(packaged, tmp_path, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     spoil, words = SPOILED[how]
     folder = shutil.copytree(packaged, tmp_path / 'folder')
+    check_folder(folder)
     spoil(folder)
     with pytest.raises(UserError) as error:
         check_folder(folder)
     assert words in str(error.value) and str(folder) in str(error.value)
     assert not (tmp_path / 'exploded').exists()
-
-
-def test_sound_folder_passes_and_gives_its_model(trained, packaged):
-    folder = check_folder(packaged)
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(folder.model(images), trained.model(images))
-    assert folder.config['label_names'] == list(CLASSES)
-    with pytest.raises(UserError, match='no such folder'):
-        check_folder(packaged / 'absent')

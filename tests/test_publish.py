@@ -8,14 +8,10 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import timm
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
 
 from timm_regnet_reg.__main__ import main
-from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.weights.folder import FILES, check_folder
+from timm_regnet_reg.weights.folder import FILES
 
 ROOT = Path(__file__).parents[1]
 OTHER = {'README.md': b'---\nlicense: mit\n---\n', 'model.safetensors': b'older weights', 'notes.txt': b'mine'}
@@ -83,18 +79,6 @@ def test_published_model_loads_from_the_hub_then_offline_from_the_cache(trained,
     assert hub.requests == []
 
 
-def test_private_model_needs_a_token(trained, packaged, hub, monkeypatch):
-    hub.add_repo('owner/secret', sent(packaged), private=True)
-    for token in ('', 'hf_reader'):  # a stranger cannot tell a private repository from none
-        monkeypatch.setenv('HF_TOKEN', token)
-        with pytest.raises(RepositoryNotFoundError, match='make sure you are authenticated'):
-            timm.create_model('hf-hub:owner/secret', pretrained=True)
-    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
-    images = torch.randn(2, 3, 32, 32)
-    loaded = timm.create_model('hf-hub:owner/secret', pretrained=True).eval()
-    assert torch.equal(loaded(images), trained.model(images))
-
-
 def test_publishing_without_network_says_so(hub, publish):
     hub.close()
     code, _, err = publish()
@@ -103,11 +87,14 @@ def test_publishing_without_network_says_so(hub, publish):
 
 def test_all_files_arrive_in_one_commit_beside_what_was_there(packaged, hub, publish):
     head = hub.add_repo('owner/tiny', OTHER)
-    code, out, _ = publish()
     repo = hub.repos['owner/tiny']
-    assert code == 0 and repo.refs['main'] in out
-    assert list(repo.commits) == [head, repo.refs['main']]
-    assert hub.files('owner/tiny') == {**OTHER, **sent(packaged)}
+    for _ in range(2):  # the second time there is nothing to send, and the hashes are compared all the same
+        hub.requests.clear()
+        code, out, _ = publish()
+        assert code == 0 and repo.refs['main'] in out
+        assert list(repo.commits) == [head, repo.refs['main']]
+        assert hub.files('owner/tiny') == {**OTHER, **sent(packaged)}
+        assert any('/tree/' in request for request in hub.requests)
 
 
 def test_new_repository_is_private_on_request(hub, publish):
@@ -118,16 +105,6 @@ def test_new_repository_is_private_on_request(hub, publish):
     before = hub.snapshot()
     code, _, err = publish('--private', repo_id='owner/public')
     assert code == 1 and 'exists and is public' in err and hub.snapshot() == before
-
-
-def test_publishing_again_sends_nothing_and_still_compares(hub, publish):
-    assert publish()[0] == 0
-    commits = list(hub.repos['owner/tiny'].commits)
-    hub.requests.clear()
-    assert publish()[0] == 0
-    assert list(hub.repos['owner/tiny'].commits) == commits
-    assert not any(request.startswith('PUT') for request in hub.requests)
-    assert any('/tree/' in request for request in hub.requests)
 
 
 def test_create_pr_leaves_main_alone(packaged, hub, publish):
@@ -149,15 +126,7 @@ def test_dry_run_shows_what_would_go_where_and_asks_nobody(packaged, hub, publis
     assert (packaged / 'README.md').read_text().strip() in out
 
 
-@pytest.mark.parametrize(
-    'repo_id, words',
-    [
-        ('tiny', 'has no owner; expected OWNER/NAME'),
-        ('a/b/c', "'a/b/c'"),
-        ('owner/', 'owner/'),
-        ('owner/a b', 'a b'),
-    ],
-)
+@pytest.mark.parametrize('repo_id, words', [('tiny', 'has no owner; expected OWNER/NAME'), ('a/b/c', "'a/b/c'")])
 def test_repo_id_must_name_owner_and_repository(hub, publish, repo_id, words):
     code, _, err = publish(repo_id=repo_id)
     assert code == 1 and '--repo-id' in err and words in err and hub.requests == []
@@ -173,7 +142,6 @@ def test_spoiled_folder_never_reaches_the_hub(packaged, hub, publish, tmp_path):
 @pytest.mark.parametrize(
     'token, repo_id, words',
     [
-        ('', 'owner/tiny', '401'),
         ('hf_wrong', 'owner/tiny', '401'),
         ('hf_reader', 'owner/tiny', '403'),
         ('hf_owner', 'someone/tiny', '403'),
@@ -213,25 +181,15 @@ def test_a_fault_before_the_commit_changes_nothing_and_says_what_to_do(packaged,
     assert hub.files('owner/tiny', 'refs/pr/1' if flags else 'main').items() >= sent(packaged).items()
 
 
-@pytest.mark.parametrize('flags, ref', [([], 'main'), (['--create-pr'], 'refs/pr/1')])
-@pytest.mark.parametrize(
-    'kind, words', [('500', 'could not be compared'), ('drop', 'could not be compared'), ('corrupt', 'other hashes')]
-)
-def test_what_was_committed_stays_even_if_it_cannot_be_compared(packaged, hub, publish, kind, words, flags, ref):
+@pytest.mark.parametrize('kind, words', [('drop', 'could not be compared'), ('corrupt', 'other hashes')])
+def test_what_was_committed_stays_even_if_it_cannot_be_compared(packaged, hub, publish, kind, words):
     hub.add_repo('owner/tiny', OTHER)
     hub.fault(kind, 'tree')
-    code, _, err = publish(*flags)
+    code, _, err = publish()
     assert code == 1 and words in err and 'is published' in err and 'run the same command again' in err
-    assert hub.files('owner/tiny', ref) == {**OTHER, **sent(packaged)}
+    assert hub.files('owner/tiny') == {**OTHER, **sent(packaged)}
     hub.faults.clear()
     assert publish()[0] == 0, 'the remedy works'
-
-
-def test_a_passing_fault_is_survived(packaged, hub, publish):
-    hub.fault('drop', 'upload', times=1)
-    hub.fault('500', 'preupload', times=2)
-    assert publish()[0] == 0
-    assert hub.files('owner/tiny').items() >= sent(packaged).items()
 
 
 def test_lost_answer_to_a_commit_is_told_and_running_again_settles_it(packaged, hub, publish):
@@ -242,13 +200,3 @@ def test_lost_answer_to_a_commit_is_told_and_running_again_settles_it(packaged, 
     head = hub.repos['owner/tiny'].refs['main']
     assert publish()[0] == 0 and hub.repos['owner/tiny'].refs['main'] == head
     assert hub.files('owner/tiny') == {**OTHER, **sent(packaged)}
-
-
-def test_corrupted_download_is_found_by_checking_the_folder(packaged, hub, tmp_path):
-    """huggingface_hub itself compares sizes only, so a flipped bit passes its download."""
-    hub.add_repo('owner/tiny', sent(packaged))
-    assert check_folder(snapshot_download('owner/tiny', cache_dir=tmp_path / 'good', endpoint=hub.endpoint))
-    hub.fault('corrupt', 'read')
-    bad = snapshot_download('owner/tiny', cache_dir=tmp_path / 'bad', endpoint=hub.endpoint)
-    with pytest.raises(UserError, match='damaged|is not a config'):
-        check_folder(bad)

@@ -221,21 +221,15 @@ def test_missing_script_is_told(in_process, tmp_path, capsys):
     assert f"error: argument SCRIPT: there is no file '{missing}'" in capsys.readouterr().err
 
 
-def test_script_gets_its_arguments_untouched(in_process, script, capsys):
-    path = script('import json, sys; print(json.dumps(sys.argv))')
-    args = ['--model', 'x', '-h', '--help', '--', '-1', 'run', 'a b', '', '--scale=0.5', '--', '@file', '*']
-    assert in_process('run', path, *args) == 0
-    assert json.loads(capsys.readouterr().out) == [str(path), *args]
-
-
-def test_script_finds_its_neighbors_and_is_main(in_process, script, capsys):
+def test_script_is_main_with_its_arguments_untouched_and_finds_its_neighbors(in_process, script, capsys):
     script('name = "neighbor"', name='regnet_reg_neighbor.py')
     path = script(
-        'import sys, regnet_reg_neighbor\n'
-        'print(regnet_reg_neighbor.name, __name__, __file__, sys.modules["__main__"].__file__)',
+        'import json, sys, regnet_reg_neighbor\n'
+        'print(json.dumps([regnet_reg_neighbor.name, __name__, __file__, sys.modules["__main__"].__file__, *sys.argv]))'
     )
-    assert in_process('run', path) == 0
-    assert capsys.readouterr().out.split() == ['neighbor', '__main__', str(path), str(path)]
+    args = ['--model', 'x', '-h', '--help', '--', '-1', 'run', 'a b', '', '--scale=0.5', '--', '@file', '*']
+    assert in_process('run', path, *args) == 0
+    assert json.loads(capsys.readouterr().out) == ['neighbor', '__main__', *[str(path)] * 3, *args]
 
 
 @pytest.mark.parametrize('code', [None, 0, 3, 'a message'])

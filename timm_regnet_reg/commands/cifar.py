@@ -22,9 +22,10 @@ from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
-from ..errors import UserError, reason
+from ..errors import UserError
 from ..papers.cifar import CLASSES, SIZE, SIZES
 from ..weights.files import check_writable
+from ..weights.scoring import read_image
 
 # an image, its class, and the name of its file
 Sample = Tuple[Image.Image, str, str]
@@ -43,14 +44,9 @@ def _download(dataset: str, folder: Path, split: str) -> Tuple[Sized, Iterator[S
 
 
 def _read(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as error:  # decoders raise whatever they stumble over in a damaged file
-        raise UserError(f'{path}: cannot be read as an image ({reason(error)}); get it again') from error
-    if image.size != (SIZE, SIZE) or image.mode != 'RGB':
-        width, height = image.size
-        raise UserError(f'{path}: is {width}x{height} ({image.mode}); expected the 32x32 RGB images of CIFAR')
+    image = read_image(path, upright=False)
+    if image.size != (SIZE, SIZE):
+        raise UserError(f'{path}: is {image.width}x{image.height}; expected the 32x32 images of CIFAR')
     return image
 
 

@@ -34,8 +34,6 @@ from ..weights.files import check_writable, replacing
 from ..weights.inference import load_model
 from ..weights.scoring import ImageFolder, check_finite, check_same_classes, score
 
-__all__ = ['OPSET', 'OnnxModel', 'export_onnx', 'largest_difference', 'quantize']
-
 PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 INSTALL = 'pip install "timm-regnet-reg[export]"'
 OPSET = 18  # the one that torch's exporter writes; others are converted from it
@@ -46,11 +44,10 @@ CALIBRATION_IMAGES = 512
 class OnnxModel(nn.Module):
     """An ONNX file as a model: images (B, C, height, width) to logits (B, num_classes), by ONNX Runtime on the CPU."""
 
-    def __init__(self, path, num_classes: int) -> None:
+    def __init__(self, path) -> None:
         super().__init__()
         from onnxruntime import InferenceSession
 
-        self.num_classes = num_classes
         self.session = InferenceSession(str(path), providers=['CPUExecutionProvider'])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -81,7 +78,7 @@ def export_onnx(model: nn.Module, path) -> None:
 
 def largest_difference(model: nn.Module, path) -> float:
     """The largest difference of an ONNX file's logits from the model's on random images, over the largest logit."""
-    onnx_model = OnnxModel(path, model.num_classes)
+    onnx_model = OnnxModel(path)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch_size in (1, 3):
@@ -192,12 +189,12 @@ def main(args: argparse.Namespace) -> None:
     )
     if args.int8 is None:
         return
-    full = score(OnnxModel(output, model.num_classes), validation, data_config, desc='scoring float32')
+    full = score(OnnxModel(output), validation, data_config, desc='scoring float32')
     with replacing(quantized) as file:
         loader = DataLoader(calibration, batch_size=32)
         with redirect_stdout(sys.stderr), tqdm(loader, desc='calibrating', unit='batch') as batches:
             quantize(output, file, (images for images, _ in batches))
-        int8 = score(OnnxModel(file, model.num_classes), validation, data_config, desc='scoring int8')
+        int8 = score(OnnxModel(file), validation, data_config, desc='scoring int8')
     for path, result in ((output, full), (quantized, int8)):
         told = f'top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images'
         print(f'{path}: {told}, {_size(path)}')

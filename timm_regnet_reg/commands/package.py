@@ -18,7 +18,7 @@ import torch
 import yaml
 from timm.data import resolve_input_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.models import clean_state_dict, is_model
+from timm.models import clean_state_dict
 from timm.models._input import get_model_args
 from timm.utils import load_checkpoint_metadata
 
@@ -128,7 +128,7 @@ def _create_model(
     model = _build(name, train_args, state_dict)
     architecture = model.pretrained_cfg['architecture']
     if architecture != name:
-        raise UserError(f'is a checkpoint of {architecture}; give one of {name}, or that --model')
+        raise UserError(f'it is a checkpoint of {architecture}; give one of {name}, or that --model')
     model.pretrained_cfg.update(dict.fromkeys(_PROVENANCE), custom_load=False)
     check_weights(state_dict, model)
     model.load_state_dict(state_dict)
@@ -140,28 +140,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--model', required=True, help='the architecture that was trained')
     parser.add_argument('--tag', required=True, help='name of these weights, letters, digits and "_" (cifar10, say)')
     add_data(parser)
-    parser.add_argument(
-        '--data-name', required=True, type=words, metavar='TEXT', help='what those images are, for the model card'
-    )
+    told = 'what those images are, for the model card'
+    parser.add_argument('--data-name', required=True, type=words, metavar='TEXT', help=told)
     parser.add_argument('--recipe', required=True, metavar='YAML', help='the file that train.py ran with (--config)')
     parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
-    parser.add_argument(
-        '--license', default='apache-2.0', type=words, help='license of the weights (default: %(default)s)'
-    )
+    told = 'license of the weights (default: %(default)s)'
+    parser.add_argument('--license', default='apache-2.0', type=words, help=told)
     parser.add_argument('--output', default='.', metavar='DIR', help='where {model}.{tag}/ goes (default: here)')
-    parser.add_argument(
-        '--overwrite', action='store_true', help='replace an earlier folder even if its README.md was edited by hand'
-    )
-    parser.add_argument(
-        '--batch-size', type=positive, default=128, metavar='N', help='for scoring (default: %(default)s)'
-    )
+    told = 'replace an earlier folder even if its README.md was edited by hand'
+    parser.add_argument('--overwrite', action='store_true', help=told)
+    told = 'for scoring (default: %(default)s)'
+    parser.add_argument('--batch-size', type=positive, default=128, metavar='N', help=told)
     parser.add_argument('--workers', type=count, default=2, metavar='N', help='loader processes (default: %(default)s)')
     add_device(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    if not is_model(args.model):
-        raise UserError(f'--model {args.model}: is not registered in timm; timm.list_models() names those that are')
     if not re.fullmatch('[A-Za-z0-9_]{1,64}', args.tag):
         raise UserError(f'--tag {args.tag}: expected letters, digits and "_" only, 64 at most, such as cifar10')
     device = check_device(args.device)
@@ -169,10 +163,7 @@ def main(args: argparse.Namespace) -> None:
     check_replaceable(output, args.overwrite)
     root = split_folder(args.data_dir, args.split)
     state_dict, train_args, epochs = read_checkpoint(args.checkpoint, args.use_ema)
-    trained = str(train_args.get('model'))
     try:
-        if ':' not in trained and trained.split('.')[0] != args.model:
-            raise UserError(f'it is a checkpoint of {trained}; give one of {args.model}, or that --model')
         model, data_config = _create_model(args.model, train_args, state_dict)
     except Exception as error:  # whatever networks, torch and timm make of wrong arguments
         raise UserError(f'{args.checkpoint}: does not fit --model {args.model}: {reason(error)}') from error

@@ -15,14 +15,8 @@ from ..errors import UserError, reason
 from ..weights.folder import FILES, Folder, check_folder, file_sha256
 
 
-def publish(folder: Folder, repo_id: str, private: bool = False, create_pr: bool = False) -> str:
+def _publish(folder: Folder, repo_id: str, private: bool, create_pr: bool) -> str:
     """Uploads a checked folder in one commit and compares the Hub's hashes with the files; returns the commit's URL.
-
-    Args:
-        folder: What `check_folder` returned.
-        repo_id: `OWNER/NAME`; created if it does not exist.
-        private: Create it as a private repository.
-        create_pr: Open a pull request on an existing repository instead of changing it.
 
     Raises:
         UserError: Says what failed, how the Hub was left, and what to do.
@@ -78,5 +72,5 @@ def main(args: argparse.Namespace) -> None:
             print(f'{name:20} {(folder.path / name).stat().st_size:>12,} bytes  {file_sha256(folder.path / name)}')
         print(f'\n{folder.card}')
     else:
-        url = publish(folder, args.repo_id, args.private, args.create_pr)
+        url = _publish(folder, args.repo_id, args.private, args.create_pr)
         print(f'{args.repo_id}: {url}, the hashes on the Hub are those of the files')

@@ -42,19 +42,16 @@ class Folder(NamedTuple):
 
 
 def _model_card(name: str, result: Score, data: str, license: str, details: Dict[str, Any], reproduce: str) -> str:
-    common = dict(
-        task_type='image-classification', dataset_type='imagefolder', dataset_name=data, metric_type='accuracy'
-    )
+    task = 'image-classification'
+    common = dict(task_type=task, dataset_type='imagefolder', dataset_name=data, metric_type='accuracy')
+    scores = {TOP1: result.top1, TOP5: result.top5}
     metadata = ModelCardData(
         license=license,
         library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm_regnet_reg'],
+        pipeline_tag=task,
+        tags=[task, 'timm', 'timm_regnet_reg'],
         model_name=name,
-        eval_results=[
-            EvalResult(metric_name=TOP1, metric_value=result.top1, **common),
-            EvalResult(metric_name=TOP5, metric_value=result.top5, **common),
-        ],
+        eval_results=[EvalResult(metric_name=key, metric_value=value, **common) for key, value in scores.items()],
     )
     rows = {
         'Top-1': f'{result.top1:.2f} %',
@@ -134,15 +131,10 @@ def save_folder(
         UserError: The disk is full or not writable.
     """
     name = Path(folder).name
-    told = {'tag': name.partition('.')[2], 'license': license}
+    cfg = {'tag': name.partition('.')[2], 'license': license}
+    told = {'label_names': result.label_names, 'pretrained_cfg': cfg}
     with replacing(folder, folder=True) as new:
-        save_for_hf(
-            model,
-            str(new),
-            model_config={'label_names': result.label_names, 'pretrained_cfg': told},
-            safe_serialization=True,
-            data_config=data_config,
-        )
+        save_for_hf(model, str(new), model_config=told, safe_serialization=True, data_config=data_config)
         with suppress(OSError):  # safetensors lets nobody else read its files; some mounts know no permissions
             shutil.copymode(new / CONFIG, new / WEIGHTS)
         config = json.loads((new / CONFIG).read_text(encoding='utf-8'))

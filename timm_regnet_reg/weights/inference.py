@@ -54,10 +54,8 @@ def _check_classes(model: torch.nn.Module, source: str) -> None:
         raise UserError(f'{source}: has no classifier; choose a model that was trained to classify')
     count, said, names = model.num_classes, model.pretrained_cfg['num_classes'], model.pretrained_cfg.get('label_names')
     try:
-        labels = class_labels(model)
-        agree = count == said and {*labels} <= {*range(count)}
-        agree = agree and (not names or isinstance(names, dict) or len(labels) == count)  # a dict names some of them
-    except (ValueError, TypeError, AttributeError):
+        agree = count == said == len(class_labels(model)) and not isinstance(names, dict)
+    except (TypeError, AttributeError):
         agree = False
     if not agree:
         raise UserError(
@@ -66,17 +64,13 @@ def _check_classes(model: torch.nn.Module, source: str) -> None:
         )
 
 
-def class_labels(model: torch.nn.Module) -> Dict[int, str]:
-    """index: label of the classes that have one, from the model's config or, by their number, ImageNet's."""
-    cfg = model.pretrained_cfg
-    names = cfg.get('label_names')
-    if not names:
-        subset = infer_imagenet_subset(model)
-        return dict(enumerate(ImageNetInfo(subset).label_descriptions())) if subset else {}
-    # a dict names some classes only, and one of JSON has text for keys
-    pairs = names.items() if isinstance(names, dict) else enumerate([*names])
-    descriptions = cfg.get('label_descriptions') or {}
-    return {int(index): str(descriptions.get(name, name)) for index, name in pairs}
+def class_labels(model: torch.nn.Module) -> List[str]:
+    """A label of each class: from the model's config or, by their number, ImageNet's, or its index."""
+    if names := model.pretrained_cfg.get('label_names'):
+        descriptions = model.pretrained_cfg.get('label_descriptions') or {}
+        return [str(descriptions.get(name, name)) for name in names]
+    subset = infer_imagenet_subset(model)
+    return ImageNetInfo(subset).label_descriptions() if subset else [str(i) for i in range(model.num_classes)]
 
 
 def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> None:
@@ -133,7 +127,7 @@ def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5
         check_finite(logits, model.pretrained_cfg['architecture'])
         top = logits.softmax(dim=1).topk(min(topk, model.num_classes))
         results += [
-            [Prediction(labels.get(i, str(i)), i, p) for p, i in zip(*row)]
+            [Prediction(labels[i], i, p) for p, i in zip(*row)]
             for row in zip(top.values.tolist(), top.indices.tolist())
         ]
     return results

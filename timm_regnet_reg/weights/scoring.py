@@ -40,9 +40,7 @@ def check_device(name: str) -> torch.device:
         torch.zeros(1, device=name).item()  # `meta` is a device that computes nothing
     except Exception as error:  # each backend raises errors of its own
         told = reason(error).splitlines()[0]
-        raise UserError(
-            f'--device {name}: expected cpu, cuda or cuda:N, as far as torch finds them ({told})'
-        ) from error
+        raise UserError(f'--device {name}: expected cpu, cuda or cuda:N that torch can compute on ({told})') from error
     return torch.device(name)
 
 
