@@ -105,8 +105,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         message = str(error)
     except KeyboardInterrupt:
         return 130
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        message = f'out of memory ({error}); give a smaller batch or smaller images'
+    except (MemoryError, RuntimeError) as error:
+        # torch's allocator for CPUs has no error of its own
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and 'DefaultCPUAllocator' not in str(error):
+            raise
+        message = f'out of memory ({str(error).splitlines()[0]}); give a smaller batch or smaller images'
     except OSError:
         failure = _flush('\n')  # nothing may be left to write: does anything go through?
         if failure is None:
