@@ -18,6 +18,7 @@ import timm
 import torch
 from conftest import CLASSES, MODEL
 from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
 from timm.models import get_pretrained_cfg, push_to_hf_hub, save_for_hf
 
 import timm_regnet_reg
@@ -246,7 +247,7 @@ def test_cached_warm_start_survives_a_lost_network(timm_hub, resnet18):
 @pytest.mark.parametrize('kind', ['drop', '500'])
 def test_failed_download_leaves_a_usable_cache(timm_hub, resnet18, kind):
     timm_hub.fault(kind, 'read')
-    with pytest.raises(Exception, match='.'):
+    with pytest.raises((OSError, HTTPError)):  # of the Hub's client
         timm.create_model(WARM, pretrained=True)
     timm_hub.faults.clear()
     model = timm.create_model(WARM, pretrained=True).eval()
@@ -528,6 +529,8 @@ def test_bad_weights_are_refused_by_name(folder, load, kwargs, damage, message):
     with pytest.raises(RuntimeError) as error:
         load(folder, **kwargs)
     assert message in str(error.value)
+    # torch tells of shapes, when it loads
+    assert 'size mismatch' in message or f'weights of {MODEL} could not be loaded' in str(error.value)
 
 
 class Intruder:

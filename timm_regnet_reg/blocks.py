@@ -20,6 +20,7 @@ from .cells import RegulatorCell, reparameterize_cell
 from .equations import Kernels
 
 __all__ = [
+    'BATCH_NORMS',
     'PlainStage',
     'REGULATED_BLOCKS',
     'RegulatedBasicBlock',

@@ -12,7 +12,7 @@ from timm.models import ResNet
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck
 
-from .blocks import PlainStage, RegulatedStage, ZeroPadShortcut, ZeroShortcut, fuse_batch_norms
+from .blocks import BATCH_NORMS, PlainStage, RegulatedStage, ZeroPadShortcut, ZeroShortcut, fuse_batch_norms
 from .cells import CELLS
 
 __all__ = ['CifarRegulatedResNet', 'RegulatedResNet', 'check_arguments', 'check_cell', 'check_stages']
@@ -79,7 +79,7 @@ class RegulatedResNet(ResNet):
         if zero_init_last is None:
             zero_init_last = not any(isinstance(module, ZeroShortcut) for module in self.modules())
         for module in self.modules():
-            if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            if isinstance(module, BATCH_NORMS):
                 module.reset_parameters()  # to_empty left them uninitialised, and the fusions start from them
         super().init_weights(zero_init_last)
         for stage in self.stages():
