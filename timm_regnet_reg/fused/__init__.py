@@ -6,16 +6,15 @@ stay the truth, and compute wherever `fuses` says no; `set_fused` turns the kern
 
 import importlib.util
 import warnings
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch.autograd import forward_ad
 
 from .. import equations
+from ..equations import Kernels, State
 
 __all__ = ['convgru', 'convlstm', 'convrnn', 'set_fused']
-
-State = Tuple[torch.Tensor, Optional[torch.Tensor]]
 
 DEVICE = 'cuda'
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,7 +47,7 @@ def step_type(X: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(DEVICE) if torch.is_autocast_enabled(DEVICE) else X.dtype
 
 
-def fuses(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]) -> bool:
+def fuses(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> bool:
     """Whether the fused kernels compute a time step, and not the equations: the one place that decides."""
     return (
         _enabled
@@ -64,7 +63,7 @@ def fuses(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor],
 
 
 def fused_step(
-    cell: str, X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]
+    cell: str, X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels
 ) -> Tuple[torch.Tensor, ...]:
     """The new H and, for a ConvLSTM, C."""
     from .operators import FusedStep
@@ -73,21 +72,21 @@ def fused_step(
     return FusedStep.apply(cell, *(None if t is None else t.to(dtype) for t in (X, H, C)), *W[:3])
 
 
-def convrnn(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]) -> State:
+def convrnn(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
     if not torch.jit.is_scripting():
         if fuses(X, H, C, W):
             return fused_step('convrnn', X, H, None, W)[0], C
     return equations.convrnn(X, H, C, W)
 
 
-def convgru(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]) -> State:
+def convgru(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
     if not torch.jit.is_scripting():
         if fuses(X, H, C, W):
             return fused_step('convgru', X, H, None, W)[0], C
     return equations.convgru(X, H, C, W)
 
 
-def convlstm(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: List[torch.Tensor]) -> State:
+def convlstm(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
     if not torch.jit.is_scripting():
         if (H is None) == (C is None) and fuses(X, H, C, W):  # the kernels take both or neither
             H, C = fused_step('convlstm', X, H, C, W)
