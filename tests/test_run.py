@@ -178,7 +178,7 @@ def test_hangup_is_ignored_under_nohup(process):
 @pytest.mark.parametrize(
     'env, expected',
     [
-        ({}, 'passive None'),
+        ({}, 'None 5000'),
         ({'OMP_WAIT_POLICY': 'active'}, 'active None'),
         ({'GOMP_SPINCOUNT': '1000'}, 'None 1000'),
     ],
