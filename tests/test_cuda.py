@@ -202,4 +202,4 @@ def test_commands_run_on_the_device(packaged, image_folder, tmp_path, capsys):
     output = os.path.join(tmp_path, 'similarity')
     options = ['--data-dir', str(image_folder), '--output', output, '--device', DEVICE]
     assert main(['similarity', MODEL, *options]) == 0
-    assert os.path.exists(os.path.join(output, 'similarity.csv'))
+    assert os.path.exists(os.path.join(output, 'similarity.png'))
