@@ -98,7 +98,7 @@ def test_fused_gradients_are_the_same_in_every_run(cell):
     def run():
         H, C = getattr(fused, cell)(X, None, None, W)
         H, C = getattr(fused, cell)(X, H, C, W)
-        return torch.autograd.grad(H.square().sum(), [X, *W])
+        return torch.autograd.grad(H.square().sum(), [X, *W[:3]])  # what the kernels are given
 
     first = run()
     assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, run(), strict=True))
