@@ -18,29 +18,26 @@ similarity.png.
 """
 
 import argparse
-import itertools
 import math
 import random
 import re
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import create_transform, resolve_data_config
 from timm.models import ResNet
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..arguments import add_data, add_device, positive
 from ..errors import UserError
-from ..papers import tables
-from ..papers.plots import check_matplotlib
+from ..papers import output
 from ..weights.files import check_writable, replacing
 from ..weights.inference import find_images, load_model
-from ..weights.scoring import check_device, image_mode, read_image, split_folder
-
-__all__ = ['CKA', 'COSINE', 'Similarity', 'similarity']
+from ..weights.scoring import image_mode, read_image, split_folder
 
 CKA, COSINE = 'linear CKA', 'cosine similarity'
 BATCH_SIZE = 64
@@ -55,7 +52,7 @@ class Similarity(NamedTuple):
     """How alike a network's blocks are."""
 
     blocks: List[str]  # 'layer1.0', …
-    values: Dict[str, torch.Tensor]  # of each measure, (blocks, blocks), float64, NaN where it isn't defined
+    values: Dict[str, Tensor]  # of each measure, (blocks, blocks), float64, NaN where it isn't defined
 
     def neighbours(self, measure: str, stage: str = '') -> float:
         """The mean of a measure over neighbours, in one stage, 'layer1', say, or in all; NaN if there are none."""
@@ -64,11 +61,9 @@ class Similarity(NamedTuple):
         return sum(values) / len(values) if values else math.nan
 
 
-def _centered_gram(X: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of X (n, features), centred so that HSIC of two is `(K * L).sum() / (n * (n - 3))`.
-
-    That is Székely and Rizzo's U-centring (Annals of Statistics 42, 2014).
-    """
+def _centered_gram(X: Tensor) -> Tensor:
+    """The Gram matrix of X (n, features), centred so that HSIC of two is `(K * L).sum() / (n * (n - 3))`."""
+    # by Székely and Rizzo's U-centring (Annals of Statistics 42, 2014)
     X = X - X.mean(0)  # changes nothing but the rounding
     K = (X @ X.T).cpu().double().fill_diagonal_(0)
     n = len(K)
@@ -77,8 +72,8 @@ def _centered_gram(X: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def similarity(model: ResNet, batches: Iterable[torch.Tensor]) -> Similarity:
-    """Compare the outputs of a network's residual blocks. At a time, memory holds those of one stage for one batch.
+def similarity(model: ResNet, batches: Iterable[Tensor]) -> Similarity:
+    """Compare the outputs of a network's residual blocks. At a time, memory holds those of a batch.
 
     Args:
         model: A ResNet of timm, plain or regulated, in evaluation mode.
@@ -89,43 +84,37 @@ def similarity(model: ResNet, batches: Iterable[torch.Tensor]) -> Similarity:
     """
     blocks = {name: module for name, module in model.named_modules() if re.fullmatch(r'layer\d\.\d+', name)}
     names, stages = list(blocks), [_stage(name) for name in blocks]
+    same_stage = torch.tensor([[a == b for b in stages] for a in stages])
     hsic, cosine = torch.zeros(2, len(blocks), len(blocks), dtype=torch.float64)
-    grams: List[torch.Tensor] = []  # of the blocks so far
-    units: List[torch.Tensor] = []  # outputs of the blocks so far in the stage, of unit length
+    outputs: List[Tensor] = []  # of the blocks for a batch, (n, features)
     seen = 0
 
-    def read(block: nn.Module, inputs: Any, output: Any) -> None:
+    def keep(block: nn.Module, inputs: Any, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output  # a regulated block hands on its state as well
-        index = len(grams)
-        if not x.isfinite().all() or (x == x[0]).all():
-            told = f'infinities, NaN or the same for all of {len(x)} images'
-            raise UserError(f'{names[index]} gives {told}; give a model that works')
-        x = x.flatten(1)
-        grams.append(_centered_gram(x))
-        first = stages.index(stages[index])
-        if index == first:
-            units.clear()
-        units.append(F.normalize(x))
-        for row, unit in enumerate(units, start=first):
-            cosine[row, index] += torch.einsum('nf,nf->n', unit, units[-1]).sum().cpu()
+        outputs.append(x.flatten(1))
 
-    hooks = [block.register_forward_hook(read) for block in blocks.values()]
+    hooks = [block.register_forward_hook(keep) for block in blocks.values()]
     try:
         for images in batches:
+            outputs.clear()
             model(images)
             n = len(images)
             seen += n
-            G = torch.stack(grams).flatten(1)
+            for name, x in zip(names, outputs):
+                if not x.isfinite().all() or (x == x[0]).all():
+                    told = f'infinities, NaN or the same for all of {n} images'
+                    raise UserError(f'{name} gives {told}; give a model that works')
+            G = torch.stack([_centered_gram(x) for x in outputs]).flatten(1)
             hsic += G @ G.T / (n * (n - 3))
-            grams.clear()
+            for i, j in same_stage.triu().nonzero().tolist():
+                cosine[i, j] += F.cosine_similarity(outputs[i], outputs[j]).sum().cpu()
     finally:
         for hook in hooks:
             hook.remove()
     scale = hsic.diagonal().sqrt()
-    other_stage = torch.tensor([[a != b for b in stages] for a in stages])
     values = {
         CKA: hsic / scale / scale[:, None],
-        COSINE: ((cosine + cosine.triu(1).T) / seen).masked_fill(other_stage, math.nan),
+        COSINE: ((cosine + cosine.triu(1).T) / seen).masked_fill(~same_stage, math.nan),
     }
     return Similarity(names, values)
 
@@ -133,10 +122,10 @@ def similarity(model: ResNet, batches: Iterable[torch.Tensor]) -> Similarity:
 def _table(measure: str, results: Dict[str, Similarity]) -> List[str]:
     """A Markdown table: for every model the means over neighbours, of all stages and of each."""
     stages = list(dict.fromkeys(_stage(block) for result in results.values() for block in result.blocks))
-    lines = tables.header([f'{measure} of neighbours', 'all stages', *stages])
+    lines = output.header([f'{measure} of neighbours', 'all stages', *stages])
     for name, result in results.items():
         means = [result.neighbours(measure, stage) for stage in ['', *stages]]
-        lines.append(tables.row([name, *('' if math.isnan(mean) else f'{mean:.3f}' for mean in means)]))
+        lines.append(output.row([name, *('' if math.isnan(mean) else f'{mean:.3f}' for mean in means)]))
     return lines
 
 
@@ -149,45 +138,42 @@ def _plot(path: Path, results: Dict[str, Similarity]) -> None:
     grid = figure.subplots(2, len(results), squeeze=False)
     for row, measure in zip(grid, (CKA, COSINE)):
         for axes, (name, result) in zip(row, results.items()):
-            values, blocks = result.values[measure].tolist(), result.blocks
+            values, blocks = result.values[measure].numpy(), result.blocks
             image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis')
             axes.set_title(f'{Path(name).name}\n{measure}, neighbours {result.neighbours(measure):.3f}', fontsize=10)
             axes.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=8)
             axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
-            for i, j in itertools.product(range(len(blocks)), repeat=2):
-                if not math.isnan(values[i][j]):
-                    color = 'black' if values[i][j] > 0.6 else 'white'
-                    axes.text(j, i, f'{values[i][j]:.2f}', color=color, fontsize=6, ha='center', va='center')
+            for (i, j), value in np.ndenumerate(values):
+                if not math.isnan(value):
+                    color = 'black' if value > 0.6 else 'white'
+                    axes.text(j, i, f'{value:.2f}', color=color, fontsize=6, ha='center', va='center')
         figure.colorbar(image, ax=row, label=measure, shrink=0.8)
     figure.savefig(path, dpi=150, format='png')
 
 
-def _batches(model: ResNet, batches: List[List[str]], device: str, name: str) -> Iterator[torch.Tensor]:
+def _batches(model: ResNet, batches: List[List[str]], device: str, name: str) -> Iterator[Tensor]:
     """The images of the files, batch by batch, as the model takes them."""
     config = resolve_data_config(model=model)
-    transform = create_transform(**config, is_training=False)
-    mode = image_mode(config)
+    transform, mode = create_transform(**config, is_training=False), image_mode(config)
     for paths in tqdm(batches, desc=name, unit='batch', leave=False, disable=None):
         yield torch.stack([transform(read_image(path, mode)) for path in paths]).to(device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        'models', metavar='MODEL', nargs='+', help='a ResNet of timm, hf-hub:OWNER/NAME, local-dir:FOLDER'
-    )
+    kinds = 'a ResNet of timm, hf-hub:OWNER/NAME, local-dir:FOLDER'
+    parser.add_argument('models', metavar='MODEL', nargs='+', help=kinds)
     add_data(parser)
-    more = 'how many, at most: a random choice, the same every time; 4 or more (default: %(default)s)'
-    parser.add_argument('--images', type=positive, default=512, metavar='N', help=more)
+    number = f'how many, at most: a random choice, the same every time; {LEAST} or more (default: %(default)s)'
+    parser.add_argument('--images', type=positive, default=512, metavar='N', help=number)
     add_device(parser)
     parser.add_argument('--output', default='.', metavar='DIR', help='where the figure goes (default: here)')
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure `args.models` on the same images, print the means, draw the values."""
-    check_matplotlib()
+    output.check_matplotlib()
     figure = Path(args.output, 'similarity.png')
     check_writable(figure)
-    check_device(args.device)
     root = split_folder(args.data_dir, args.split)
     paths = find_images([str(root)])
     sample = random.Random(0).sample(paths, min(args.images, len(paths)))
@@ -195,12 +181,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f'{len(sample)} of the {len(paths)} images of {root}: give {LEAST} or more')
     parts = math.ceil(len(sample) / BATCH_SIZE)
     batches = [sample[i::parts] for i in range(parts)]
-    models: Dict[str, ResNet] = {}
-    for name in args.models:
-        model = load_model(name, args.device)
+    models = {name: load_model(name, args.device) for name in args.models}
+    for name, model in models.items():
         if not isinstance(model, ResNet):
             raise UserError(f'{name}: is a {type(model).__name__}; expected a timm.models.ResNet, plain or regulated')
-        models[name] = model
     results = {name: similarity(m, _batches(m, batches, args.device, name)) for name, m in models.items()}
     print(f'{len(sample)} images of {root}', *_table(CKA, results), '', *_table(COSINE, results), sep='\n')
     with replacing(figure) as new:

@@ -7,19 +7,17 @@ import timeit
 from typing import Any, Callable, Dict, List
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer
-
-__all__ = ['Step', 'capture', 'inference_step', 'kernel_time', 'peak_memory', 'stopwatch', 'training_step']
 
 Step = Callable[[], None]
 
 
 def training_step(model: nn.Module, images: torch.Tensor, amp: bool) -> Step:
     """Forward and backward, without an optimizer, in bfloat16 autocast if `amp`."""
-    parameters = list(model.parameters())
+    parameters = list(model.train().parameters())
     labels = torch.arange(len(images), device=images.device) % model.num_classes
 
     def step() -> None:
@@ -31,6 +29,8 @@ def training_step(model: nn.Module, images: torch.Tensor, amp: bool) -> Step:
 
 
 def inference_step(model: nn.Module, images: torch.Tensor, amp: bool) -> Step:
+    model.eval()
+
     @torch.inference_mode()
     def step() -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
