@@ -36,10 +36,9 @@ def test_dense_cell_with_a_separable_kernel_is_the_convrnn():
     N = 3
     separable, dense = ConvRNN(N, dtype=torch.float64), baselines.DenseConvRNN(N, dtype=torch.float64)
     with torch.no_grad():
-        dense.conv.weight.zero_()
+        weight = dense.conv.weight.zero_().view(N, 2, N, 3, 3)
         for c in range(N):
-            dense.conv.weight[c, c] = separable.pointwise[c, 0] * separable.depthwise[c, 0]
-            dense.conv.weight[c, N + c] = separable.pointwise[c, 1] * separable.depthwise[c, 0]
+            weight[c, :, c] = separable.pointwise[c] * separable.depthwise[c]
         dense.conv.bias.copy_(separable.bias.normal_())
     H = H_expected = None
     for X in torch.randn(3, 2, N, 5, 4, dtype=torch.float64):
@@ -72,21 +71,13 @@ def test_networks_compute_what_their_names_say():
 
 @pytest.mark.parametrize('amp', [False, True])
 def test_steps_train_and_infer_in_the_precision_asked_for(amp):
-    seen = []
-
-    class Model(nn.Linear):
-        num_classes = 3
-
-        def forward(self, x):
-            y = super().forward(x)
-            seen.append((y.dtype, y.requires_grad))
-            return y
-
-    model, dtype = Model(2, 3), torch.bfloat16 if amp else torch.float32
+    model, dtype, seen = nn.Linear(2, 3), torch.bfloat16 if amp else torch.float32, []
+    model.num_classes = 3
+    model.register_forward_hook(lambda model, x, y: seen.append((y.dtype, model.training, y.requires_grad)))
     model.weight.register_hook(lambda gradient: seen.append(gradient.shape))
     timing.training_step(model, torch.randn(4, 2), amp)()
     timing.inference_step(model, torch.randn(4, 2), amp)()
-    assert seen == [(dtype, True), (3, 2), (dtype, False)]
+    assert seen == [(dtype, True, True), (3, 2), (dtype, False, False)]
     assert model.weight.grad is None  # nothing adds up over steps
 
 

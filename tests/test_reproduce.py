@@ -6,6 +6,7 @@ The test that trains by train.py needs timm's; see test_recipes.py. The engine's
 import argparse
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import yaml
 from conftest import full_disk
 from PIL import Image
-from test_recipes import parsers, train_script  # noqa: F401, fixtures
+from test_recipes import load, parsers, train_script  # noqa: F401, fixtures
 from test_resident import write_folder
 
 import timm_regnet_reg
@@ -26,7 +27,7 @@ from timm_regnet_reg.papers.results import COLUMNS, ROWS, TABLES, Run, add_resul
 from timm_regnet_reg.weights.files import locked
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = yaml.safe_load((ROOT / 'train_recipes' / 'cifar10.yaml').read_text())
+RECIPE = load('cifar10')
 PUBLISHED = ROOT / 'train_recipes' / 'results' / 'cifar10.csv'
 
 
@@ -43,19 +44,10 @@ def test_a_run_is_known_by_all_that_decides_its_result():
     run = create_run()
     same = create_run(recipe=yaml.safe_load(yaml.safe_dump(RECIPE)))  # without the comments
     assert run.has_result([same.identity]) and run.name == same.name
-    others = [
-        create_run(ROWS[1]),
-        create_run(TABLES['stages'][5]),
-        create_run(TABLES['stages'][4]),
-        create_run(dataset='cifar100'),
-        create_run(schedule='short'),
-        create_run(seed=1),
-        create_run(engine='train.py'),
-        create_run(recipe={**RECIPE, 'amp': True}),
-        create_run(recipe={**RECIPE, 'momentum': 0.8}),
-        create_run(train=45000),
-        create_run(validation=10000),
-    ]
+    others = [create_run(row) for row in (ROWS[1], TABLES['stages'][4], TABLES['stages'][5])]
+    changes = dict(dataset='cifar100'), dict(schedule='short'), dict(seed=1), dict(engine='train.py'), dict(train=45000)
+    others += [create_run(**change) for change in (*changes, dict(validation=10000))]
+    others += [create_run(recipe={**RECIPE, **change}) for change in (dict(amp=True), dict(momentum=0.8))]
     assert len({other.name for other in (run, *others)}) == 1 + len(others)
     assert not run.has_result([other.identity for other in others])
 
@@ -66,7 +58,7 @@ def test_published_results_are_readmes_and_of_the_short_recipe(parsers):  # noqa
     text = (ROOT / 'README.md').read_text() + PUBLISHED.with_name('README.md').read_text()
     table = text.split('<!-- regnet-reg reproduce --report -->\n')[1].split('<!-- end of table -->')[0]
     assert len(known) == 12 and len(table.splitlines()) == 6 and table in report(known)
-    short = yaml.safe_load((ROOT / 'train_recipes' / 'cifar10_short.yaml').read_text())
+    short = load('cifar10_short')
     given = parsers['train.py'].parse_args(known[0]['options'].split(), argparse.Namespace(**RECIPE))
     assert {key: getattr(given, key) for key in short} == short and given.amp and given.amp_dtype == 'bfloat16'
     recipe = {**short, 'amp': True, 'amp_dtype': 'bfloat16'}
@@ -82,7 +74,7 @@ def test_results_are_kept_in_the_order_of_the_tables_and_once_a_run(tmp_path):
     found = [(result['model'], result['arguments'], result['seed']) for result in read_results(path)]
     plain, rnn = ROWS[0].model, ROWS[1].model
     assert found == [(plain, '', '1'), (rnn, '', '0'), (rnn, '', '1'), (stage.model, 'regulated_stages=(1,)', '0')]
-    with pytest.raises(UserError, match='two rows'):
+    with pytest.raises(ValueError, match='two rows'):
         add_result(path, create_result(stage, 0, 92))
 
 
@@ -120,27 +112,23 @@ def test_report_has_means_and_intervals_and_never_mixes_engines_or_settings(tmp_
 
 
 @pytest.mark.parametrize(
-    'change, message',
+    'found, instead, message',
     [
-        (dict(top1='ab'), 'could not convert'),
-        (dict(top1='nan'), 'cannot be'),
-        (dict(train_loss='inf'), 'cannot be'),
-        (dict(images=''), 'invalid literal'),
-        (dict(model='resnet50'), 'no row of the tables'),
-        ({}, 'two rows'),
-        (None, 'no results'),
-        ('model\nx\n', 'has not the columns'),
-        ('\udcff', 'cannot be read'),
+        ('90.5', 'ab', 'could not convert'),
+        ('90.5', 'nan', 'cannot be'),
+        ('0.25', 'inf', 'cannot be'),
+        ('5000', '', 'invalid literal'),
+        ('cifar_resnet20', 'resnet50', 'no row of the tables'),
+        ('model', 'name', 'has not the columns'),
+        ('model', '\udcff', 'cannot be read'),
+        (r'\n(.+)', r'\n\1\n\1', 'two rows'),
+        (r'\n(.+)', r'', 'no results'),
     ],
 )
-def test_damaged_results_make_no_table(change, message, tmp_path, capsys):
-    if isinstance(change, str):
-        (tmp_path / 'cifar10.csv').write_text(change, errors='surrogateescape')
-    elif change is not None:
-        with open(tmp_path / 'cifar10.csv', 'w', newline='') as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows([{**create_result(ROWS[0], 0, 90.0), **change}] * (1 if change else 2))
+def test_damaged_results_make_no_table(found, instead, message, tmp_path, capsys):
+    path = tmp_path / 'cifar10.csv'
+    add_result(path, create_result(ROWS[0], 0, 90.5, train_loss=0.25))
+    path.write_text(re.sub(found, instead, path.read_text(), count=1), errors='surrogateescape')
     assert main(['reproduce', '--report', '--results', str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert message in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
@@ -192,8 +180,7 @@ def test_a_run_is_trained_once_and_goes_on_and_another_process_has_its_own(clone
 @pytest.mark.parametrize(
     'more, message',
     [
-        (['--report'], 'no results yet'),
-        (['--data-dir', 'a' * 300], 'of 0 classes'),
+        (['--data-dir', 'nowhere'], 'no such folder'),
         (['nowhere.py', '--data-dir', 'data'], 'expected train.py'),
         (['train.py', '--data-dir', 'data', '--minutes', '1'], 'no --minutes'),
         (['--data-dir', 'data', '--schedule', 'strong'], 'No such file'),
