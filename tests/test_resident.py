@@ -2,7 +2,7 @@
 
 import functools
 import math
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -175,30 +175,28 @@ def read_images(path, dataset='cifar10'):
     return resident.read_images(resident.find_images(str(path), dataset), torch.device('cpu'))
 
 
-def finish(run, folder, **kwargs):
-    [(_, outcome)] = resident.train({run: folder}, create_images(), {'torch': '2'}, **kwargs)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+def train(runs, attempt=nullcontext, version='2', stop=math.inf):
+    """What the engine measured, by runs."""
+    return dict(resident.train(runs, create_images(), {'torch': version}, attempt, stop, compiled=False))
 
 
 def test_a_run_that_was_stopped_and_killed_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch):
     run, folder, step = create_run(LSTM), tmp_path / 'parts', Network.step
-    whole = finish(run, tmp_path / 'whole')
-    assert list(resident.train({run: folder}, create_images(), {'torch': '1'}, stop=0)) == []
+    whole = train({run: tmp_path / 'whole'})[run]
+    assert train({run: folder}, version='1', stop=0) == {}
+    assert Network(run, create_images(), folder, compiled=False).done == 1
 
     def killed(network):
         if network.done == 3:
             raise KeyboardInterrupt
         step(network)
 
-    assert Network(run, create_images(), folder, compiled=False).done == 1
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
         patch.setattr(resident, 'SAVE_SECONDS', 0)
         patch.setattr(Network, 'step', killed)
-        finish(run, folder)
+        train({run: folder})
     assert Network(run, create_images(), folder, compiled=False).done == 3
-    assert {**finish(run, folder), 'seconds': 0} == {**whole, 'seconds': 0, 'torch': '1 and 2'}
+    assert {**train({run: folder})[run], 'seconds': 0} == {**whole, 'seconds': 0, 'torch': '1 and 2'}
     assert_equal(run, folder, tmp_path / 'whole')
 
 
@@ -219,19 +217,27 @@ def test_networks_at_once_end_as_alone_whatever_happens_to_others(tmp_path, monk
     runs = create_run(LSTM), create_run(seed=4), create_run(lr_base=1e30), create_run(seed=5), create_run(seed=6)
     folders = {run: tmp_path / str(index) for index, run in enumerate(runs)}
     (tmp_path / '3').write_text('a file where a folder should be')
-    result = Network.result
+    result, failures = Network.result, {}
 
     def no_memory(network):
         if network.run is runs[4]:
             raise torch.OutOfMemoryError('no memory')
         return result(network)
 
+    @contextmanager
+    def attempt(run):
+        try:
+            yield
+        except resident.TROUBLE as error:
+            failures[run] = str(error)
+
     monkeypatch.setattr(Network, 'result', no_memory)
-    outcomes = dict(resident.train(folders, create_images(), {'torch': '2'}))
+    results = train(folders, attempt)
     for run, message in zip(runs[2:], ('diverged', 'cannot be written', 'no memory')):
-        assert message in str(outcomes[run])
+        assert message in failures[run] and run not in results
     for run in runs[:2]:
-        assert {**finish(run, tmp_path / 'alone' / str(run.seed)), 'seconds': 0} == {**outcomes[run], 'seconds': 0}
+        alone = train({run: tmp_path / 'alone' / str(run.seed)})[run]
+        assert {**alone, 'seconds': 0} == {**results[run], 'seconds': 0}
         assert_equal(run, folders[run], tmp_path / 'alone' / str(run.seed))
 
 
@@ -240,9 +246,9 @@ def test_a_full_disk_keeps_the_checkpoint_of_before(tmp_path):
     network = Network(run, create_images(), tmp_path, compiled=False)
     network.save({})
     content = network.path.read_bytes()
-    with full_disk(1000):
-        [(_, outcome)] = resident.train({run: tmp_path}, create_images(), {}, stop=0)
-    assert 'could not be written' in str(outcome) and network.path.read_bytes() == content
+    with full_disk(1000), pytest.raises(UserError, match='could not be written'):
+        train({run: tmp_path}, stop=0)
+    assert network.path.read_bytes() == content
 
 
 @pytest.mark.parametrize('amp', [False, True])
@@ -293,7 +299,7 @@ def test_images_are_those_of_the_folder_in_the_order_of_its_classes(tmp_path):
 def test_package_makes_a_folder_of_a_finished_run(tmp_path):
     write_folder(tmp_path / 'data')
     run = create_run(LSTM)
-    finish(run, tmp_path)
+    train({run: tmp_path})
     command = ['package', str(tmp_path / 'last.pth.tar'), '--model', LSTM.model, '--tag', 'tiny', '--workers', '0']
     command += ['--data-dir', str(tmp_path / 'data'), '--data-name', 'noise', '--output', str(tmp_path / 'out')]
     assert main([*command, '--recipe', str(RECIPES['cifar10'])]) == 0
@@ -312,5 +318,5 @@ def test_a_gpu_goes_on_with_what_a_cpu_began_and_gives_its_weights(tmp_path):
         cpu.step()
         gpu.step()
     torch.cuda.synchronize()
-    for key, tensor in cpu.model.state_dict().items():
-        torch.testing.assert_close(gpu.model.state_dict()[key].cpu(), tensor, rtol=1e-3, atol=1e-3)
+    tolerances = dict(rtol=1e-3, atol=1e-3, check_device=False)
+    torch.testing.assert_close(gpu.model.state_dict(), cpu.model.state_dict(), **tolerances)

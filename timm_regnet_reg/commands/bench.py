@@ -4,12 +4,10 @@
     regnet-reg bench --backbone resnet101 --networks convlstm --batch-size 32
     regnet-reg bench --amp --compile                            # on a GPU, README's table of one
 
-A backbone is measured plain, regulated by each cell, and, on the CPU, with two other regulators in the same place:
-
-    naive-convlstm   the cell as its equations are written, a grouped 1x1 and a depthwise 3x3 convolution for every gate
-    dense-convrnn    a 3x3 convolution of X and H, all channels to all, for the gate, as other implementations have it
-
-at training (forward and backward, no optimizer) and inference; on the CPU also reparameterised: regulated networks by
+A backbone is measured plain and regulated by each cell; on the CPU also by naive-convlstm, the cell as its equations
+are written (a grouped 1x1 and a depthwise 3x3 convolution for every gate), and by dense-convrnn, whose gate is a 3x3
+convolution of X and H, all channels to all, as in other implementations. Each is measured at training (forward and
+backward, no optimizer) and inference, on the CPU also reparameterised: regulated networks by
 timm.utils.reparameterize_model, the plain one by torch.fx. On a GPU each cell is measured with fused time steps, too,
 and of each network the kernels alone and a step in a CUDA graph. All run in channels_last, and cuDNN chooses its
 algorithms by trial, as in timm's train.py.

@@ -179,13 +179,9 @@ def main(args: argparse.Namespace) -> None:
     gpu = device.type == 'cuda'
     if gpu:
         torch.cuda.set_device(device.index or 0)  # for streams
-    versions = {
-        'device': torch.cuda.get_device_name() if gpu else 'cpu',
-        'timm_regnet_reg': __version__,
-        'timm': timm.__version__,
-        'torch': str(torch.__version__),  # a class of its own, which checkpoints don't take
-        'python': platform.python_version(),
-    }
+    versions = {'device': torch.cuda.get_device_name() if gpu else 'cpu', 'python': platform.python_version()}
+    versions.update(timm_regnet_reg=__version__, timm=timm.__version__)
+    versions['torch'] = str(torch.__version__)  # a class of its own, which checkpoints don't take
     images = None if args.train_py else resident.read_images(found, device)
     script = [os.path.abspath(args.train_py or ''), '--data-dir', os.path.abspath(args.data_dir)]
     script += ['--device', args.device, *(['--torchcompile', 'inductor'] if args.compile else [])]
@@ -211,15 +207,16 @@ def main(args: argparse.Namespace) -> None:
                     claims.enter_context(locked(folder, seconds=0))
                     if not run.has_result(read_results(results)):  # which another process may have added
                         claimed[run] = folder
-            trained: resident.Outcomes = ((run, {}) for run in claimed)  # by train.py, below
             if images:
-                trained = resident.train(claimed, images, versions, stop, args.compile)
-            for run, outcome in trained:
+                trained = resident.train(claimed, images, versions, others_go_on, stop, args.compile)
+            else:
+                trained = ((run, {}) for run in claimed)  # by train.py, below
+            for run, measured in trained:
                 with others_go_on(run):
-                    if isinstance(outcome, Exception):
-                        raise outcome
-                    measured = outcome or train_by_script(run, claimed[run], [*script, *_options(run, path.absolute())])
-                    parameters, multiply_adds = flops.count(run.row.model, num_classes=run.classes, **run.row.kwargs)
+                    if not images:
+                        measured = train_by_script(run, claimed[run], [*script, *_options(run, path.absolute())])
+                    kwargs = {'num_classes': CLASSES[args.dataset], **run.row.kwargs}
+                    parameters, multiply_adds = flops.count(run.row.model, **kwargs)
                     facts = {**run.identity, 'parameters': parameters, 'multiply_adds': multiply_adds, **versions}
                     add_result(results, {**facts, 'options': shlex.join(_options(run, path)), **measured})
                     print(f'{run}: done, top-1 {measured["top1"]:.2f} %', flush=True)

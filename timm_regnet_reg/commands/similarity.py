@@ -73,14 +73,10 @@ def _centered_gram(X: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def similarity(model: ResNet, batches: Iterable[Tensor]) -> Similarity:
-    """Compare the outputs of a network's residual blocks. At a time, memory holds those of a batch.
+    """Compares the outputs of the residual blocks of a ResNet of timm, plain or regulated, in evaluation mode.
 
-    Args:
-        model: A ResNet of timm, plain or regulated, in evaluation mode.
-        batches: Images (n, channels, height, width) as the network takes them, n at least 4 and about the same for all.
-
-    Raises:
-        UserError: An output isn't finite, or is the same for all images of a batch.
+    `batches` are images (n, channels, height, width) as it takes them, n at least 4 and about the same for all.
+    A UserError if an output isn't finite, or is the same for all images of a batch.
     """
     blocks = {name: module for name, module in model.named_modules() if re.fullmatch(r'layer\d\.\d+', name)}
     names, stages = list(blocks), [_stage(name) for name in blocks]

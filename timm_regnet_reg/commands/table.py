@@ -7,7 +7,6 @@ no weights are made.
 """
 
 import argparse
-from typing import List
 
 import timm
 from tqdm import tqdm
@@ -18,22 +17,13 @@ from ..papers.flops import count
 from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 
 
-def header() -> List[str]:
-    """The table's first two lines."""
-    return output.header(['backbone', 'input', 'plain', *(cell.__name__ for cell in CELLS.values())], texts=2)
-
-
-def _three_digits(x: float) -> str:
-    return f'{x:#.3g}'.rstrip('.')
-
-
 def row(backbone: str) -> str:
     """The table's line of 'resnet50', say: its input, then parameters in millions / multiply-adds in billions."""
     names = [f'regnet_reg_{backbone}_{cell}' for cell in CELLS]
     counts = [count(names[0], regulated_stages=()), *map(count, names)]
+    three_digits = [[f'{x:#.3g}'.rstrip('.') for x in (parameters / 1e6, macs / 1e9)] for parameters, macs in counts]
     size = 'x'.join(map(str, timm.get_pretrained_cfg(names[0]).input_size[1:]))
-    columns = [f'{_three_digits(parameters / 1e6)} / {_three_digits(macs / 1e9)}' for parameters, macs in counts]
-    return output.row([backbone, size, *columns])
+    return output.row([backbone, size, *map(' / '.join, three_digits)])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,5 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    columns = ['backbone', 'input', 'plain', *(cell.__name__ for cell in CELLS.values())]
     rows = [row(backbone) for backbone in tqdm([*BACKBONES, *CIFAR_BACKBONES], unit='backbone', leave=False)]
-    print(*header(), *rows, sep='\n')
+    print(*output.header(columns, texts=2), *rows, sep='\n')

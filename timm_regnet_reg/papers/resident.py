@@ -13,12 +13,11 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -149,7 +148,7 @@ def _loss(model: nn.Module, images: Tensor, labels: Tensor, view: List[Tensor], 
     """The loss of a batch. The network is an argument, so that one compilation serves all of a kind."""
     x = _normalise(views(images, *view), mean, std)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        return F.cross_entropy(model(x), labels)
+        return nn.functional.cross_entropy(model(x), labels)
 
 
 class Network:
@@ -171,7 +170,7 @@ class Network:
         self.versions: Dict[str, List[str]] = {}
 
         random_seed(run.seed)  # as train.py: a seed gives the same weights by both
-        model = timm.create_model(run.row.model, num_classes=run.classes, **run.row.kwargs)
+        model = timm.create_model(run.row.model, num_classes=CLASSES[run.dataset], **run.row.kwargs)
         config = resolve_data_config(self.recipe, model=model)
         self.model = model.to(self.device, memory_format=torch.channels_last).train()
         self.mean, self.std = (255 * torch.tensor(config[key], device=self.device) for key in ('mean', 'std'))
@@ -287,7 +286,8 @@ class Network:
         for key, version in versions.items():
             self.versions[key] = list(dict.fromkeys([*self.versions.get(key, []), version]))
         run, args = self.run, _options(self.recipe)
-        vars(args).update(model=run.row.model, model_kwargs=run.row.kwargs, seed=run.seed, num_classes=run.classes)
+        more = {'seed': run.seed, 'num_classes': CLASSES[run.dataset]}
+        vars(args).update(model=run.row.model, model_kwargs=run.row.kwargs, **more)
         epoch = self.done // self.updates_per_epoch - 1  # the last complete one, counted from 0
         checkpoint = {**self._state(), 'epoch': epoch, 'arch': run.row.model, 'args': args}
         file = io.BytesIO()  # torch's own writer makes a RuntimeError of a full disk
@@ -309,24 +309,17 @@ class Network:
         return {**figures, **{key: ' and '.join(versions) for key, versions in self.versions.items()}}
 
 
-# runs, each with columns of its row, or what went wrong with it
-Outcomes = Iterator[Tuple[Run, Union[Dict[str, Any], Exception]]]
-
-
 def train(
-    runs: Dict[Run, Path], images: Images, versions: Dict[str, str], stop: float = math.inf, compiled: bool = False
-) -> Outcomes:
+    runs: Dict[Run, Path], images: Images, versions: Dict[str, str], attempt: Callable, stop: float, compiled: bool
+) -> Iterator[Tuple[Run, Dict[str, Any]]]:
     """Trains runs at once until `time.monotonic()` is `stop`, and saves each at least once a minute in its folder.
 
-    It yields every run that is through.
+    It yields those that are through, with columns of their rows. What may fail for one run is in a `with attempt(run)`.
     """
     networks: List[Network] = []
     for run, folder in runs.items():
-        try:
+        with attempt(run):
             networks.append(network := Network(run, images, folder, compiled))
-        except TROUBLE as error:
-            yield run, error.with_traceback(None)  # which would keep the network, and its memory
-        else:
             print(f'{run}: {f"goes on after update {network.done}" if network.done else "starts"}', flush=True)
     saved, updates = time.monotonic(), 0
     while networks:
@@ -337,17 +330,15 @@ def train(
         now = time.monotonic()
         if now < min(stop, saved + SAVE_SECONDS) and all(network.done < network.total for network in networks):
             continue
-        for network in [*networks]:
-            try:
+        trained, networks = networks, []
+        for network in trained:
+            with attempt(network.run):
                 network.seconds += now - saved
                 network.save(versions)
                 if network.done < network.total:
-                    continue
-                outcome: Union[Dict[str, Any], Exception] = network.result()
-            except TROUBLE as error:
-                outcome = error
-            networks.remove(network)
-            yield network.run, outcome
+                    networks.append(network)
+                else:
+                    yield network.run, network.result()
         if networks:
             pace = updates / (time.monotonic() - saved)
             minutes = sum(network.total - network.done for network in networks) / pace / 60

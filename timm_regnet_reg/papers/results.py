@@ -101,10 +101,6 @@ class Run:
         return f'{self.row}, seed {self.seed}'
 
     @property
-    def classes(self) -> int:
-        return CLASSES[self.dataset]
-
-    @property
     def identity(self) -> Dict[str, str]:
         """The columns `IDENTITY`; `settings` is a digest of what the runs of a table are given alike."""
         settings = json.dumps([self.recipe, self.images], sort_keys=True).encode()
@@ -161,12 +157,7 @@ def read_results(path: Path) -> List[Result]:
 
 
 def add_result(path: Path, result: Dict[str, Any]) -> None:
-    """Adds a row, in the order of the tables and seeds; other processes may do so at the same time.
-
-    Raises:
-        ValueError: The run has a row already, or this one can't be.
-        UserError: The file can't be read or written.
-    """
+    """Adds a row, in the order of tables and seeds; a ValueError if the run has one. Other processes may add theirs."""
     with locked(path, seconds=60):
         results = [*read_results(path), {key: str(value) for key, value in result.items()}]
         _check(results)
