@@ -50,7 +50,7 @@ def test_dense_cell_with_a_separable_kernel_is_the_convrnn():
 def test_networks_compute_what_their_names_say():
     """The naive one what the regulated one does; the plain one, without batch norms too, what the backbone does."""
     torch.manual_seed(0)
-    models = baselines.create('resnet20', ['plain', 'convlstm', 'naive-convlstm'])
+    models = baselines.create_networks('resnet20', ['plain', 'convlstm', 'naive-convlstm'])
     plain, regulated, naive = (model.double().eval() for model in models.values())
     for model in (plain, regulated):  # weights and statistics under which every layer matters
         for name, value in model.state_dict().items():
@@ -71,13 +71,12 @@ def test_networks_compute_what_their_names_say():
 
 @pytest.mark.parametrize('amp', [False, True])
 def test_steps_train_and_infer_in_the_precision_asked_for(amp):
-    model, dtype, seen = nn.Linear(2, 3), torch.bfloat16 if amp else torch.float32, []
-    model.num_classes = 3
+    model, dtype, seen = nn.Linear(2, 10), torch.bfloat16 if amp else torch.float32, []
     model.register_forward_hook(lambda model, x, y: seen.append((y.dtype, model.training, y.requires_grad)))
     model.weight.register_hook(lambda gradient: seen.append(gradient.shape))
-    timing.training_step(model, torch.randn(4, 2), amp)()
-    timing.inference_step(model, torch.randn(4, 2), amp)()
-    assert seen == [(dtype, True, True), (3, 2), (dtype, False, False)]
+    for train in (True, False):
+        timing.create_step(model, torch.randn(4, 2), train, amp)()
+    assert seen == [(dtype, True, True), (10, 2), (dtype, False, False)]
     assert model.weight.grad is None  # nothing adds up over steps
 
 
@@ -174,10 +173,11 @@ def test_gpu_table_is_complete(hasty, monkeypatch, capsys):
 
 
 def test_what_fails_for_a_network_is_told_and_the_others_are_measured(hasty, monkeypatch, capsys):
-    def broken(model, images, amp):
-        return timing.training_step(model, images[:, :2] if hasattr(model.layer1, 'regulator') else images, amp)
+    def broken(model, images, train, amp):
+        fails = train and hasattr(model.layer1, 'regulator')
+        return timing.create_step(model, images[:, :2] if fails else images, train, amp)
 
-    monkeypatch.setattr(bench, 'training_step', broken)
+    monkeypatch.setattr(bench, 'create_step', broken)
     assert main('bench --backbone resnet20 --batch-size 1 --repeats 1 --device cpu --networks convrnn'.split()) == 1
     out, err = capsys.readouterr()
     columns, rows = read_table(out)

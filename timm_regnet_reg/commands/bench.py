@@ -38,9 +38,9 @@ import timm_regnet_reg
 from ..arguments import positive
 from ..cells import CELLS
 from ..errors import UserError
-from ..papers.baselines import BASELINES, PLAIN, create
+from ..papers.baselines import BASELINES, PLAIN, create_networks
 from ..papers.output import header, row
-from ..papers.timing import Step, capture, inference_step, kernel_time, peak_memory, stopwatch, training_step
+from ..papers.timing import Step, capture, create_step, kernel_time, peak_memory, stopwatch
 from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 from ..weights.scoring import check_device
 
@@ -48,9 +48,9 @@ FUSED = ' fused'
 
 
 class Bench:
-    """Measures networks side by side, and prints a row of a Markdown table for each kind of figure.
+    """Measures networks, by names that `create_networks` takes, and prints a row of a table for each kind of figure.
 
-    `networks` are names as `create` takes them; with `gpu` also what only a GPU has: fused steps, kernels and graphs.
+    With `gpu` also what only a GPU has: fused steps, kernels and graphs.
     """
 
     def __init__(self, networks: List[str], repeats: int, device: torch.device, amp: bool, gpu: bool) -> None:
@@ -61,45 +61,44 @@ class Bench:
     def run(self, backbone: str, batch_size: int, compile: bool) -> None:
         """Prints the table of a backbone, 'resnet20', say; with `compile` also of its networks compiled."""
         torch.manual_seed(0)
-        models = create(backbone, self.networks, self.device)
+        models = create_networks(backbone, self.networks, self.device)
         size = timm.get_pretrained_cfg(f'regnet_reg_{backbone}_convlstm').input_size
         images = torch.randn(batch_size, *size, device=self.device)
         self.images = images.contiguous(memory_format=torch.channels_last)
         print(f'\n{backbone}, batch {batch_size}, {"x".join(map(str, size[1:]))}\n')
         print(*header(['', *self.columns, 'spread']), sep='\n', flush=True)
 
-        steps = self._steps(models, training_step)
+        steps = self._steps(models, train=True)
         self._measure('train', steps, memory=True)
         for model in models.values():
             model.set_grad_checkpointing(True)
         self._memory('train, checkpointed', steps)
         for model in models.values():
             model.set_grad_checkpointing(False)
-        self._measure('inference', self._steps(models, inference_step))
+        self._measure('inference', self._steps(models, train=False))
         compared = {name: model for name, model in models.items() if name not in BASELINES}
         if not self.gpu:
             merged = {name: fuse(m) if name == PLAIN else reparameterize_model(m) for name, m in compared.items()}
-            self._measure('inference, reparameterised', self._steps(merged, inference_step))
-        for what, make in (('train', training_step), ('inference', inference_step)) if compile else ():
+            self._measure('inference, reparameterised', self._steps(merged, train=False))
+        for what, train in (('train', True), ('inference', False)) if compile else ():
             torch.compiler.reset()  # all of them would exceed its limit of graphs
-            steps = self._steps(compared, make, compiled=True)
-            self._measure(f'{what}, compiled', steps, memory=what == 'train')
+            self._measure(f'{what}, compiled', self._steps(compared, train, compiled=True), memory=train)
 
-    def _steps(self, models: Dict[str, nn.Module], make: Callable, compiled: bool = False) -> Dict[str, Step]:
+    def _steps(self, models: Dict[str, nn.Module], train: bool, compiled: bool = False) -> Dict[str, Step]:
         """A step for each column whose network is among the models; what is fused is switched before it runs."""
 
-        def create_step(column: str, name: str) -> Step:
-            model = torch.compile(models[name], fullgraph=True) if compiled else models[name]
-            step = make(model, self.images, self.amp)
+        def create(model: nn.Module, fused: bool) -> Step:
+            model = torch.compile(model, fullgraph=True) if compiled else model
+            step = create_step(model, self.images, train, self.amp)
 
             def run() -> None:
-                timm_regnet_reg.set_fused(column != name)
+                timm_regnet_reg.set_fused(fused)
                 step()
 
             return run if self.gpu else step
 
         names = {column: column.removesuffix(FUSED) for column in self.columns}
-        return {column: create_step(column, name) for column, name in names.items() if name in models}
+        return {c: create(models[name], fused=c != name) for c, name in names.items() if name in models}
 
     def _measure(self, what: str, steps: Dict[str, Step], memory: bool = False) -> None:
         self._time(what, steps)

@@ -57,7 +57,7 @@ class DenseConvRNN(nn.Module):
 BASELINES: Dict[str, Any] = {'naive-convlstm': NaiveConvLSTM, 'dense-convrnn': DenseConvRNN}
 
 
-def create(backbone: str, names: Iterable[str], device: Any = None) -> Dict[str, nn.Module]:
+def create_networks(backbone: str, names: Iterable[str], device: Any = None) -> Dict[str, nn.Module]:
     """In channels_last, networks with a `backbone` ('resnet20', …): `PLAIN`, or with a cell or one of `BASELINES`."""
     models: Dict[str, nn.Module] = {}
     for name in names:

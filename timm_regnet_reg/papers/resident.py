@@ -211,14 +211,9 @@ class Network:
 
     def _state(self) -> Dict[str, Any]:
         state = self.optimizer.state
-        return {
-            'state_dict': self.model.state_dict(),
-            'momenta': {name: state[p]['momentum_buffer'] for name, p in self.model.named_parameters()},
-            'losses': self.losses,
-            'update': self.done,
-            'seconds': self.seconds,
-            'versions': self.versions,
-        }
+        momenta = {name: state[p]['momentum_buffer'] for name, p in self.model.named_parameters()}
+        progress = {'losses': self.losses, 'update': self.done, 'seconds': self.seconds, 'versions': self.versions}
+        return {'state_dict': self.model.state_dict(), 'momenta': momenta, **progress}
 
     def _restore(self, state: Dict[str, Any]) -> None:
         self.model.load_state_dict(state['state_dict'])

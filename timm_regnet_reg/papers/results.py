@@ -104,15 +104,10 @@ class Run:
     def identity(self) -> Dict[str, str]:
         """The columns `IDENTITY`; `settings` is a digest of what the runs of a table are given alike."""
         settings = json.dumps([self.recipe, self.images], sort_keys=True).encode()
-        values = {
-            'model': self.row.model,
-            'arguments': self.row.arguments,
-            **vars(self),
-            'precision': 'bf16' if self.recipe.get('amp') else 'float32',
-            'images': self.images['validation'],
-            'epochs': self.recipe['epochs'],
-            'settings': hashlib.sha256(settings).hexdigest()[:12],
-        }
+        values = {**vars(self), 'model': self.row.model, 'arguments': self.row.arguments}
+        values.update(images=self.images['validation'], epochs=self.recipe['epochs'])
+        values['precision'] = 'bf16' if self.recipe.get('amp') else 'float32'
+        values['settings'] = hashlib.sha256(settings).hexdigest()[:12]
         return {key: str(values[key]) for key in IDENTITY}
 
     @property

@@ -15,26 +15,16 @@ from torch.utils.benchmark import timer
 Step = Callable[[], None]
 
 
-def training_step(model: nn.Module, images: torch.Tensor, amp: bool) -> Step:
-    """Forward and backward, without an optimizer, in bfloat16 autocast if `amp`."""
-    parameters = list(model.train().parameters())
-    labels = torch.arange(len(images), device=images.device) % model.num_classes
+def create_step(model: nn.Module, images: torch.Tensor, train: bool, amp: bool) -> Step:
+    """Inference, or forward and backward without an optimizer, in bfloat16 autocast if `amp`."""
+    parameters = list(model.train(train).parameters())
+    labels = torch.arange(len(images), device=images.device) % 10  # no network has fewer classes
 
     def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        with torch.inference_mode(not train), torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
             logits = model(images)
-        torch.autograd.grad(F.cross_entropy(logits.float(), labels), parameters)
-
-    return step
-
-
-def inference_step(model: nn.Module, images: torch.Tensor, amp: bool) -> Step:
-    model.eval()
-
-    @torch.inference_mode()
-    def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            model(images)
+        if train:
+            torch.autograd.grad(F.cross_entropy(logits.float(), labels), parameters)
 
     return step
 
