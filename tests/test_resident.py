@@ -15,7 +15,6 @@ from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
-from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.papers import resident
 from timm_regnet_reg.papers.resident import Images, Network
@@ -38,9 +37,13 @@ def create_run(row=PLAIN, seed=3, dataset='cifar10', schedule='', **recipe):
     return Run(row, dataset, 'papers', seed, 'resident', recipe, {'train': 44, 'validation': 20})
 
 
+def create_network(run, folder, images=create_images(), compiled=False):
+    return Network(run, images, folder, compiled)
+
+
 def assert_equal(run, *folders):
     """Weights, momenta and losses that were saved there."""
-    ours, theirs = (Network(run, create_images(), folder, compiled=False)._state() for folder in folders)
+    ours, theirs = (create_network(run, folder)._state() for folder in folders)
     for key in ('state_dict', 'momenta', 'losses'):
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
 
@@ -81,7 +84,7 @@ def test_learning_rate_of_every_update_is_the_recipes(name, rate, epochs):
 def test_an_epoch_gives_the_weights_and_rates_of_train_py(schedule, row, train_script, tmp_path):  # noqa: F811
     """timm's own loop on the same batches: two in the first epoch, two in the second, with another learning rate."""
     train_py, run = load_script(train_script), create_run(row, schedule=schedule)
-    network = Network(run, create_images(), tmp_path, compiled=False)
+    network = create_network(run, tmp_path)
     args = train_py.parser.parse_args([])
     vars(args).update(run.recipe, lr=0.1 * 16 / 128, prefetcher=True, distributed=False, rank=0)
     timm.utils.random_seed(3)
@@ -108,7 +111,7 @@ def test_an_epoch_gives_the_weights_and_rates_of_train_py(schedule, row, train_s
 @pytest.mark.parametrize('nesterov, decay', [(False, 1e-4), (True, 5e-4)])
 def test_three_updates_give_the_weights_of_plain_sgd(nesterov, decay, row, tmp_path):
     run = create_run(row, opt='sgd' if nesterov else 'momentum', weight_decay=decay, decay_milestones=[2])
-    network = Network(run, create_images(48), tmp_path, compiled=False)
+    network = create_network(run, tmp_path, create_images(48))
     torch.manual_seed(3)
     model = timm.create_model(row.model).train()
     velocity = {}
@@ -136,7 +139,7 @@ def test_views_are_all_windows_of_the_padded_image_and_their_mirror_images_bit_f
 
 
 def test_an_epoch_sees_every_image_at_most_once_and_all_windows_are_drawn(tmp_path):
-    network = Network(create_run(batch_size=100), create_images(2050), tmp_path, compiled=False)
+    network = create_network(create_run(batch_size=100), tmp_path, create_images(2050))
     network.draw_views()
     assert len(network.order.unique()) == 2000
     drawn = set(zip(network.top.flatten().tolist(), network.left.flatten().tolist()))
@@ -150,7 +153,7 @@ def test_an_epoch_sees_every_image_at_most_once_and_all_windows_are_drawn(tmp_pa
 @pytest.mark.parametrize('dataset', ['cifar10', 'cifar100'])
 def test_top1_is_that_of_timms_loader_on_the_same_folder(dataset, tmp_path):
     write_folder(tmp_path, test=2, classes=int(dataset.removeprefix('cifar')))
-    network = Network(create_run(dataset=dataset), read_images(tmp_path, dataset), tmp_path, compiled=False)
+    network = create_network(create_run(dataset=dataset), tmp_path, read_images(tmp_path, dataset))
     torch.nn.init.normal_(network.model.fc.weight)
     config = timm.data.resolve_data_config(network.recipe, model=network.model)
     data = create_dataset('', root=str(tmp_path), split='validation')
@@ -184,7 +187,7 @@ def test_a_run_that_was_stopped_and_killed_ends_with_the_weights_of_one_that_was
     run, folder, step = create_run(LSTM), tmp_path / 'parts', Network.step
     whole = train({run: tmp_path / 'whole'})[run]
     assert train({run: folder}, version='1', stop=0) == {}
-    assert Network(run, create_images(), folder, compiled=False).done == 1
+    assert create_network(run, folder).done == 1
 
     def killed(network):
         if network.done == 3:
@@ -195,22 +198,9 @@ def test_a_run_that_was_stopped_and_killed_ends_with_the_weights_of_one_that_was
         patch.setattr(resident, 'SAVE_SECONDS', 0)
         patch.setattr(Network, 'step', killed)
         train({run: folder})
-    assert Network(run, create_images(), folder, compiled=False).done == 3
+    assert create_network(run, folder).done == 3
     assert {**train({run: folder})[run], 'seconds': 0} == {**whole, 'seconds': 0, 'torch': '1 and 2'}
     assert_equal(run, folder, tmp_path / 'whole')
-
-
-@pytest.mark.parametrize('damage, message', [('names', 'Missing key'), ('bytes', 'cannot be gone on with')])
-def test_a_checkpoint_that_does_not_fit_is_told_and_kept(damage, message, tmp_path):
-    run = create_run()
-    network = Network(run, create_images(), tmp_path, compiled=False)
-    network.save({'timm_regnet_reg': '0.3'})
-    if damage == 'bytes':
-        network.path.write_bytes(network.path.read_bytes()[:5000])
-    content = network.path.read_bytes()
-    with pytest.raises(UserError, match=message):
-        Network(create_run(LSTM) if damage == 'names' else run, create_images(), tmp_path, compiled=False)
-    assert network.path.read_bytes() == content
 
 
 def test_networks_at_once_end_as_alone_whatever_happens_to_others(tmp_path, monkeypatch):
@@ -241,14 +231,18 @@ def test_networks_at_once_end_as_alone_whatever_happens_to_others(tmp_path, monk
         assert_equal(run, folders[run], tmp_path / 'alone' / str(run.seed))
 
 
-def test_a_full_disk_keeps_the_checkpoint_of_before(tmp_path):
+def test_a_checkpoint_outlives_a_full_disk_and_is_told_and_kept_if_it_is_damaged(tmp_path):
     run = create_run()
-    network = Network(run, create_images(), tmp_path, compiled=False)
+    network = create_network(run, tmp_path)
     network.save({})
     content = network.path.read_bytes()
     with full_disk(1000), pytest.raises(UserError, match='could not be written'):
         train({run: tmp_path}, stop=0)
     assert network.path.read_bytes() == content
+    network.path.write_bytes(content[:5000])
+    with pytest.raises(UserError, match='cannot be gone on with'):
+        create_network(run, tmp_path)
+    assert network.path.read_bytes() == content[:5000]
 
 
 @pytest.mark.parametrize('amp', [False, True])
@@ -259,7 +253,7 @@ def test_a_compilation_serves_all_seeds(amp, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'compile', backend)
     for seed in (0, 1):
         run = create_run(seed=seed, amp=amp, amp_dtype='bfloat16')
-        compiled, plain = (Network(run, create_images(), tmp_path, compiled) for compiled in (True, False))
+        compiled, plain = (create_network(run, tmp_path, compiled=compiled) for compiled in (True, False))
         for network in (compiled, plain):
             network.step()
         assert compiled.loss() == pytest.approx(plain.loss(), rel=1e-2 if amp else 1e-5)
@@ -270,7 +264,6 @@ def test_a_compilation_serves_all_seeds(amp, tmp_path, monkeypatch):
     'change, message',
     [
         (dict(mixup=0.2), 'mixup: 0.2'),
-        (dict(opt='adamw'), 'opt: adamw'),
         (dict(smoothing=0.1), 'smoothing: 0.1'),
         (dict(smoothing=None), 'no smoothing'),
         (dict(decay_milestones=None), 'no decay_milestones'),
@@ -296,24 +289,13 @@ def test_images_are_those_of_the_folder_in_the_order_of_its_classes(tmp_path):
         read_images(tmp_path)
 
 
-def test_package_makes_a_folder_of_a_finished_run(tmp_path):
-    write_folder(tmp_path / 'data')
-    run = create_run(LSTM)
-    train({run: tmp_path})
-    command = ['package', str(tmp_path / 'last.pth.tar'), '--model', LSTM.model, '--tag', 'tiny', '--workers', '0']
-    command += ['--data-dir', str(tmp_path / 'data'), '--data-name', 'noise', '--output', str(tmp_path / 'out')]
-    assert main([*command, '--recipe', str(RECIPES['cifar10'])]) == 0
-    card = (tmp_path / 'out' / f'{LSTM.model}.tiny' / 'README.md').read_text()
-    assert '3 of 3' in card and 'Seed' in card
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device for the graphs')
 def test_a_gpu_goes_on_with_what_a_cpu_began_and_gives_its_weights(tmp_path):
-    images, run = create_images(), create_run(LSTM)
-    cpu = Network(run, images, tmp_path, compiled=False)
+    run = create_run(LSTM)
+    cpu = create_network(run, tmp_path)
     cpu.step()
     cpu.save({'device': 'cpu'})
-    gpu = Network(run, Images(*(tensor.cuda() for tensor in images)), tmp_path, compiled=False)
+    gpu = create_network(run, tmp_path, Images(*(tensor.cuda() for tensor in create_images())))
     for _ in range(2):
         cpu.step()
         gpu.step()

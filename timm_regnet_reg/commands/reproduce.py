@@ -162,12 +162,9 @@ def main(args: argparse.Namespace) -> None:
     device = check_device(args.device)
     found = resident.find_images(args.data_dir, args.dataset)
     counts = {split: len(images) for split, images in found.items()}
-    engine = 'train.py' if args.train_py else 'resident'
-    runs = [
-        Run(row, args.dataset, args.schedule, seed, engine, recipe, counts)
-        for seed in dict.fromkeys(args.seeds)
-        for row in _choose(args.table, args.models)
-    ]
+    alike = 'train.py' if args.train_py else 'resident', recipe, counts
+    rows = _choose(args.table, args.models)
+    runs = [Run(row, args.dataset, args.schedule, seed, *alike) for seed in dict.fromkeys(args.seeds) for row in rows]
     check_writable(args.output, folder=True)
     check_writable(results)
     known = read_results(results)

@@ -41,36 +41,10 @@ class Row(NamedTuple):
         return f'{self.model} {self.arguments}'.strip()
 
 
-TABLES: Dict[str, List[Row]] = {
-    'resnet20': [
-        Row('cifar_resnet20', 8.38, 31.72),
-        Row('regnet_reg_resnet20_convrnn', 7.60, 30.03),
-        Row('regnet_reg_resnet20_convgru', 7.42, 29.69),
-        Row('regnet_reg_resnet20_convlstm', 7.28, 29.81),
-    ],
-    'seresnet20': [
-        Row('cifar_seresnet20', 8.02, 31.14),
-        Row('regnet_reg_seresnet20_convrnn', 7.55, 29.63),
-        Row('regnet_reg_seresnet20_convgru', 7.25, 29.08),
-        Row('regnet_reg_seresnet20_convlstm', 6.98, 29.02),
-    ],
-    'stages': [
-        Row('regnet_reg_resnet20_convgru', 7.52, 30.40, 1),
-        Row('regnet_reg_resnet20_convgru', 7.48, 30.34, 2),
-        Row('regnet_reg_resnet20_convgru', 7.49, 30.30, 3),
-        Row('regnet_reg_resnet20_convlstm', 7.56, 30.23, 1),
-        Row('regnet_reg_resnet20_convlstm', 7.49, 30.28, 2),
-        Row('regnet_reg_resnet20_convlstm', 7.52, 29.92, 3),
-    ],
-    'depth': [
-        Row('cifar_resnet32', 7.54, 29.86),
-        Row('regnet_reg_resnet32_convgru', 6.60, 27.42),
-        Row('regnet_reg_resnet32_convlstm', 6.88, 28.11),
-        Row('cifar_resnet56', 6.78, 28.14),
-        Row('regnet_reg_resnet56_convgru', 6.39, 27.02),
-        Row('regnet_reg_resnet56_convlstm', 6.45, 27.26),
-    ],
-}
+TABLES: Dict[str, List[Row]] = {}
+for line in csv.DictReader(Path(__file__).with_name('tables.csv').read_text().splitlines()):
+    row = Row(line['model'], float(line['cifar10']), float(line['cifar100']), int(line['stage'] or 0))
+    TABLES.setdefault(line['table'], []).append(row)
 ROWS = [row for rows in TABLES.values() for row in rows]
 PLACES = {(row.model, row.arguments): place for place, row in enumerate(ROWS)}
 # what a run is known by; it may have one row
