@@ -24,10 +24,10 @@ import yaml
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs
 
 import timm_regnet_reg  # noqa: F401  (registers the models)
+from timm_regnet_reg.papers.resident import learning_rates
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / 'train_recipes').glob('*.yaml'))}
@@ -87,12 +87,9 @@ def create_parser(options):
 
 @pytest.fixture(scope='module')
 def train_script():
-    path = os.environ.get('TIMM_TRAIN_SCRIPT')
-    if not path:
-        reason = "TIMM_TRAIN_SCRIPT is not set to the path of timm's train.py"
-        print(reason)
-        pytest.skip(reason)
-    return Path(path)
+    if 'TIMM_TRAIN_SCRIPT' not in os.environ:
+        pytest.skip("TIMM_TRAIN_SCRIPT is not set to the path of timm's train.py")
+    return Path(os.environ['TIMM_TRAIN_SCRIPT'])
 
 
 @pytest.fixture(scope='module')
@@ -149,17 +146,11 @@ def test_commands_in_the_comments_name_real_models_and_options(name, parsers):
 
 @pytest.mark.parametrize('name, milestones', [('imagenet', [30, 60, 90]), ('cifar100', [82, 123])])
 def test_learning_rate_is_divided_by_ten_where_the_papers_divide_it(name, milestones):
-    """By epochs, as train.py steps it. That of CIFAR-10's recipes, update by update, is in test_resident.py."""
-    recipe = load(name)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe['lr_base'])
-    options = scheduler_kwargs(argparse.Namespace(**recipe))
-    scheduler, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=390)
-    assert epochs == {'imagenet': 100, 'cifar100': 164}[name]
-    for epoch in range(epochs):
-        scheduler.step(epoch)
-        scheduler.step_update(epoch * 390)
-        passed = sum(epoch >= milestone for milestone in milestones)
-        assert optimizer.param_groups[0]['lr'] == pytest.approx(0.1 / 10**passed)
+    """By epochs; that of CIFAR-10's recipes, update by update, and that it is train.py's, is in test_resident.py."""
+    rates = learning_rates(load(name), updates_per_epoch=390)[::390]
+    assert len(rates) == {'imagenet': 100, 'cifar100': 164}[name]
+    for epoch, rate in enumerate(rates):
+        assert rate == pytest.approx(rates[0] / 10 ** sum(epoch >= milestone for milestone in milestones))
 
 
 @pytest.mark.parametrize(

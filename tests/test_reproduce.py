@@ -114,7 +114,6 @@ def test_report_has_means_and_intervals_and_never_mixes_engines_or_settings(tmp_
 @pytest.mark.parametrize(
     'found, instead, message',
     [
-        ('90.5', 'ab', 'could not convert'),
         ('90.5', 'nan', 'cannot be'),
         ('0.25', 'inf', 'cannot be'),
         ('5000', '', 'invalid literal'),
@@ -146,13 +145,12 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_is_trained_once_and_goes_on_and_another_process_has_its_own(clone, capsys, monkeypatch):
+def test_a_run_is_trained_once_by_one_process_goes_on_and_can_be_packaged(clone, capsys, monkeypatch):
     command = ['reproduce', '--data-dir', 'data', '--results', 'results']
     rows = ['cifar_resnet20', 'regnet_reg_resnet20_convlstm regulated_stages=(3,)']
     command += ['--table', 'resnet20', 'stages', '--models', *rows, '--seeds', '0', '0']
     recipe = yaml.safe_load(Path('train_recipes/cifar10.yaml').read_text())
-    taken = Run(ROWS[0], 'cifar10', 'papers', 0, 'resident', recipe, {'train': 20, 'validation': 10})
-    step = Network.step
+    taken, step = create_run(recipe=recipe, train=20, validation=10), Network.step
 
     def killed(network):
         if network.done == 1:
@@ -175,6 +173,12 @@ def test_a_run_is_trained_once_and_goes_on_and_another_process_has_its_own(clone
     assert known[0]['parameters'] == '272474' and known[0]['images'] == '10' and known[0]['torch'] == torch.__version__
     assert known[1]['options'].startswith('--config train_recipes/cifar10.yaml --model regnet_reg_resnet20_convlstm')
     assert main(command) == 0 and '2 of 2 runs were done before' in capsys.readouterr().out
+
+    checkpoint = next(Path('runs').glob('*-stage3-*/last.pth.tar'))
+    command = ['package', str(checkpoint), '--model', rows[1].split()[0], '--tag', 'tiny', '--workers', '0']
+    command += ['--data-dir', 'data', '--data-name', 'noise', '--recipe', 'train_recipes/cifar10.yaml']
+    assert main(command) == 0
+    assert '2 of 2' in Path(f'{rows[1].split()[0]}.tiny', 'README.md').read_text()
 
 
 @pytest.mark.parametrize(
