@@ -10,8 +10,8 @@ Start this in a clone of this project, where train_recipes/ is. Tables: resnet20
 seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage), depth (32 and 56 layers). A schedule is
 a recipe of train_recipes/: papers {dataset}.yaml (164 epochs), short and strong cifar10_{schedule}.yaml (30 and 200).
 
-All images lie on the device. A GPU trains several networks at once, each update a CUDA graph; a CPU trains one:
-start the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs that the other doesn't have. With
+All images lie on the device. A GPU trains several networks at once, each update a CUDA graph; a CPU trains one: start
+the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs that the other doesn't have. With
 TRAIN_PY, the path of train.py in a clone of timm (github.com/huggingface/pytorch-image-models), that script trains
 instead, in a process for each run.
 
@@ -54,7 +54,7 @@ from ..weights.scoring import check_device
 AT_ONCE = 4  # networks on a GPU
 
 # what may be the matter with one run, its folder and its files; other runs go on
-TROUBLE = (*resident.TROUBLE, ValueError, csv.Error)
+TROUBLE = (UserError, OSError, ValueError, csv.Error, MemoryError, torch.OutOfMemoryError)
 
 
 def read_recipe(path: Path) -> Dict[str, Any]:

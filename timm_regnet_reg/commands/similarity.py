@@ -3,8 +3,8 @@
     regnet-reg similarity cifar_resnet20 regnet_reg_resnet20_convlstm --data-dir DIR --output similarity
 
 The papers' figure 1 in numbers, for any of timm's ResNets, plain or regulated. All are shown the same images, a random
-choice from DIR/validation, prepared as each model's config says. Two blocks' outputs, flattened to a vector an image,
-are compared by
+choice from DIR/validation, prepared as each model's config says. Two blocks' outputs, a vector for each image, are
+compared by
 
     linear CKA         for all pairs: 1 if one is the other rotated, scaled and shifted, about 0 if independent
     cosine similarity  for pairs in a stage, which are of one shape: averaged over the images
@@ -13,8 +13,7 @@ Linear CKA of outputs X and Y is the sum over batches of HSIC(XX', YY') divided 
 and of that of HSIC(YY', YY'). HSIC is the unbiased estimate, so that the size of the batches makes no bias (Kornblith
 et al., arXiv 1905.00414; for batches Nguyen et al., arXiv 2010.15327; HSIC: Song et al., JMLR 13, 2012, equation 5).
 
-Prints the means over neighbours: a block and the next one of its stage. Draws the values of all pairs as heat maps,
-similarity.png.
+Prints the means over neighbours, a block and the next one of its stage, and draws all values in similarity.png.
 """
 
 import argparse

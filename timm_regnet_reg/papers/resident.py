@@ -32,9 +32,6 @@ from .results import ROWS, Run
 
 SAVE_SECONDS = 30
 
-# what may be the matter with one network; others go on
-TROUBLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
-
 # what the engine goes by of a recipe: keys that must be there, keys that may be there (the last two mean nothing here),
 # and the only values that it does
 NEEDED = {

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import timeit
+from itertools import accumulate
 from typing import Any, Callable, Dict, List
 
 import torch
@@ -78,9 +79,6 @@ def peak_memory(step: Step, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    peak = held = 0
-    events = _trace(step, ProfilerActivity.CPU)
-    for event in sorted((e for e in events if e['name'] == '[memory]'), key=lambda e: e['ts']):
-        held += event['args']['Bytes']  # negative for a release
-        peak = max(peak, held)
-    return peak
+    changes = [event for event in _trace(step, ProfilerActivity.CPU) if event['name'] == '[memory]']
+    changes.sort(key=lambda event: event['ts'])
+    return max(accumulate((event['args']['Bytes'] for event in changes), initial=0))  # negative for a release
