@@ -10,6 +10,7 @@ compare that file with it, are skipped unless the environment variable TIMM_TRAI
 import argparse
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -144,13 +145,32 @@ def test_commands_in_the_comments_name_real_models_and_options(name, parsers):
         assert timm.is_model(args.model)
 
 
-@pytest.mark.parametrize('name, milestones', [('imagenet', [30, 60, 90]), ('cifar100', [82, 123])])
-def test_learning_rate_is_divided_by_ten_where_the_papers_divide_it(name, milestones):
-    """By epochs; that of CIFAR-10's recipes, update by update, and that it is train.py's, is in test_resident.py."""
-    rates = learning_rates(load(name), updates_per_epoch=390)[::390]
-    assert len(rates) == {'imagenet': 100, 'cifar100': 164}[name]
-    for epoch, rate in enumerate(rates):
-        assert rate == pytest.approx(rates[0] / 10 ** sum(epoch >= milestone for milestone in milestones))
+def steps(*milestones, early=0):
+    """Divided by ten at these epochs."""
+    return lambda update, epochs: 10.0 ** -sum(update >= 390 * milestone - early for milestone in milestones)
+
+
+def cosine(update, epochs):
+    """timm's: warm-up from a tenth in the first epoch, and cosine to 0 over all epochs."""
+    return 0.1 + 0.9 * update / 390 if update < 390 else (1 + math.cos(math.pi * update / (390 * epochs))) / 2
+
+
+@pytest.mark.parametrize(
+    'name, epochs, factor',
+    [
+        ('imagenet', 100, steps(30, 60, 90)),
+        ('cifar10', 164, steps(82, 123, early=1)),  # timm's multistep, by updates
+        ('cifar100', 164, steps(82, 123, early=1)),
+        ('cifar10_short', 30, cosine),
+        ('cifar10_strong', 200, cosine),
+    ],
+)
+def test_learning_rate_of_every_update_is_the_papers(name, epochs, factor):
+    """As `reproduce` has it from timm; that train.py has it so is in test_resident.py."""
+    recipe = load(name)
+    rate = 0.1 * recipe['batch_size'] / recipe['lr_base_size']
+    expected = [rate * factor(update, epochs) for update in range(390 * epochs)]
+    assert learning_rates(recipe, updates_per_epoch=390) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -59,26 +59,6 @@ def batch(network, update):
     return x.permute(0, 3, 1, 2), network.images.train_labels[network.order[update]]
 
 
-def steps(update, epochs):
-    """A tenth after epochs 82 and 123; timm's steps come an update early."""
-    return 0.1 if update < 82 * 390 - 1 else 0.01 if update < 123 * 390 - 1 else 0.001
-
-
-def cosine(update, epochs):
-    """timm's: warm-up from 0.01 in the first epoch, and cosine from 0.1 to 0 over all epochs."""
-    if update < 390:
-        return 0.01 + 0.09 * update / 390
-    return 0.05 * (1 + math.cos(math.pi * update / (390 * epochs)))
-
-
-@pytest.mark.parametrize(
-    'name, rate, epochs', [('cifar10', steps, 164), ('cifar10_short', cosine, 30), ('cifar10_strong', cosine, 200)]
-)
-def test_learning_rate_of_every_update_is_the_recipes(name, rate, epochs):
-    rates = resident.learning_rates(load(name), 390)
-    assert rates == pytest.approx([rate(update, epochs) for update in range(390 * epochs)], abs=1e-9)
-
-
 @pytest.mark.parametrize('row', [PLAIN, LSTM], ids=str)
 @pytest.mark.parametrize('schedule', ['', '_short'])
 def test_an_epoch_gives_the_weights_and_rates_of_train_py(schedule, row, train_script, tmp_path):  # noqa: F811

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 import json
 import math
 import statistics
@@ -131,12 +130,10 @@ def add_result(path: Path, result: Dict[str, Any]) -> None:
         results = [*read_results(path), {key: str(value) for key, value in result.items()}]
         _check(results)
         results.sort(key=lambda r: (*(r[key] for key in ALIKE), PLACES[r['model'], r['arguments']], int(r['seed'])))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(results)
-        with replacing(path) as new:
-            new.write_text(text.getvalue(), encoding='utf-8')
+        with replacing(path) as new, open(new, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(results)
 
 
 def _groups(results: List[Result]) -> Dict[str, Dict[Row, List[Result]]]:
