@@ -66,32 +66,24 @@ def test_published_results_are_readmes_and_of_the_short_recipe(parsers):  # noqa
         assert create_run(row, schedule='short', seed=2, engine='train.py', recipe=recipe).has_result(known)
 
 
-def test_results_are_kept_in_the_order_of_the_tables_and_once_a_run(tmp_path):
-    path = tmp_path / 'results' / 'cifar10.csv'
-    stage = TABLES['stages'][0]
-    for row, seed in (stage, 0), (ROWS[1], 1), (ROWS[0], 1), (ROWS[1], 0):
-        add_result(path, create_result(row, seed, 91))
-    found = [(result['model'], result['arguments'], result['seed']) for result in read_results(path)]
-    plain, rnn = ROWS[0].model, ROWS[1].model
-    assert found == [(plain, '', '1'), (rnn, '', '0'), (rnn, '', '1'), (stage.model, 'regulated_stages=(1,)', '0')]
-    with pytest.raises(ValueError, match='two rows'):
-        add_result(path, create_result(stage, 0, 92))
-
-
 @pytest.mark.parametrize('freedom, quantile', [(1, 12.7062), (4, 2.7764), (8, 2.3060), (30, 2.0423), (300, 1.9679)])
 def test_intervals_are_students(freedom, quantile):
     """The tables of Student's t, 97.5 %."""
     assert papers_results._student(freedom) == pytest.approx(quantile, abs=2e-4)
 
 
-def test_report_has_means_and_intervals_and_never_mixes_engines_or_settings(tmp_path, capsys):
+def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mixes_runs(tmp_path, capsys):
     """91, 92 and 93 % are errors of 8 ± 1 %; the papers' are SPEC's. The interval is 4.3027 * sqrt(1 / 3 + 1)."""
     path = tmp_path / 'results' / 'cifar10.csv'
-    for seed, top1 in enumerate((91, 92, 93)):
-        add_result(path, create_result(ROWS[0], seed, top1, torch='2.1' if seed else '2.2'))
+    add_result(path, create_result(TABLES['stages'][0], 0, 95))
     add_result(path, create_result(ROWS[3], 0, 92.5))
+    for seed, top1 in (2, 93), (0, 91), (1, 92):
+        add_result(path, create_result(ROWS[0], seed, top1, torch='2.1' if seed else '2.2'))
     add_result(path, create_result(ROWS[0], 0, 90, engine='train.py'))
     add_result(path, create_result(ROWS[0], 3, 70, settings='2'))
+    assert [result['seed'] for result in read_results(path)] == ['3', '0', '1', '2', '0', '0', '0']
+    with pytest.raises(ValueError, match='two rows'):
+        add_result(path, create_result(ROWS[3], 0, 94))
     command = ['reproduce', '--report', '--results', str(path.parent)]
     assert main(command) == 0
     text = capsys.readouterr().out
@@ -99,7 +91,9 @@ def test_report_has_means_and_intervals_and_never_mixes_engines_or_settings(tmp_
         '| cifar_resnet20 | 0.272M | 40.8M | 30.00 | 1 | 1.000 | 8.38 |',
         '| cifar_resnet20 | 0.272M | 40.8M | 8.00 ± 1.00 | 3 | 1.000 | 8.38 |',
         '| regnet_reg_resnet20_convlstm | 0.272M | 40.8M | 7.50 | 1 | 1.000 | 7.28 |',
+        '| regnet_reg_resnet20_convgru regulated_stages=(1,) | 0.272M | 40.8M | 5.00 | 1 | 1.000 | 7.52 |',
         '- regnet_reg_resnet20_convlstm: -0.50 ± 4.97',
+        '- regnet_reg_resnet20_convgru regulated_stages=(1,): -3.00 ± 4.97',
         '| cifar_resnet20 | 0.272M | 40.8M | 10.00 | 1 | 1.000 | 8.38 |',
     ]
     assert 'torch 1 and 2.1 and 2.2, python 1:' in text
