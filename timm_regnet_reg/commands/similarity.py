@@ -101,8 +101,9 @@ def similarity(model: ResNet, batches: Iterable[Tensor]) -> Similarity:
                     raise UserError(f'{name} gives {told}; give a model that works')
             G = torch.stack([_centered_gram(x) for x in outputs]).flatten(1)
             hsic += G @ G.T / (n * (n - 3))
+            units = [F.normalize(x) for x in outputs]
             for i, j in same_stage.triu().nonzero().tolist():
-                cosine[i, j] += F.cosine_similarity(outputs[i], outputs[j]).sum().cpu()
+                cosine[i, j] += torch.einsum('nf,nf->n', units[i], units[j]).sum().cpu()
     finally:
         for hook in hooks:
             hook.remove()

@@ -322,8 +322,8 @@ def train(
         now = time.monotonic()
         if now < min(stop, saved + SAVE_SECONDS) and all(network.done < network.total for network in networks):
             continue
-        trained, networks = networks, []
-        for network in trained:
+        running, networks = networks, []
+        for network in running:
             with attempt(network.run):
                 network.seconds += now - saved
                 network.save(versions)
