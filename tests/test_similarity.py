@@ -30,11 +30,8 @@ def hsic(K, L):
 def cka(Xs, Ys):
     """Nguyen et al. (2021): of batches of features (n, features)."""
     Ks, Ls = ([X.double() @ X.double().T for X in batches] for batches in (Xs, Ys))
-
-    def mean(Ks, Ls):
-        return sum(hsic(K, L) for K, L in zip(Ks, Ls, strict=True)) / len(Ks)
-
-    return (mean(Ks, Ls) / (mean(Ks, Ks).sqrt() * mean(Ls, Ls).sqrt())).item()
+    xy, xx, yy = (sum(map(hsic, *grams)) for grams in ((Ks, Ls), (Ks, Ks), (Ls, Ls)))
+    return (xy / (xx * yy).sqrt()).item()
 
 
 def cosine(x, y):
@@ -45,10 +42,9 @@ def cosine(x, y):
 def run(image_folder, packaged, tmp_path, capsys):
     """Runs the command, on a packaged network unless told otherwise. Returns exit code, stdout and stderr."""
 
-    def run(*args, models=(f'local-dir:{packaged}',), data_dir=image_folder):
-        options = ['--data-dir', data_dir, '--output', tmp_path / 'new' / 'folder']
-        code = main(['similarity', *models, *map(str, options), *map(str, args)])
-        return code, *capsys.readouterr()
+    def run(*args, models=(f'local-dir:{packaged}',)):
+        options = ['--data-dir', image_folder, '--output', tmp_path / 'new' / 'folder', *args]
+        return main(['similarity', *models, *map(str, options)]), *capsys.readouterr()
 
     return run
 

@@ -171,10 +171,9 @@ def main(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
-    precision = 'bfloat16 autocast' if args.amp else 'float32'
     name = torch.cuda.get_device_name(device) if gpu else f'CPU, {torch.backends.cpu.get_cpu_capability()}'
     print(f'{name}, {torch.get_num_threads()} threads; torch {torch.__version__}, timm {timm.__version__}')
-    print(f'Medians of {args.repeats} repeats; {precision}, channels_last')
+    print(f'Medians of {args.repeats} repeats; {"bfloat16 autocast" if args.amp else "float32"}, channels_last')
     bench = Bench(networks, args.repeats, device, args.amp, gpu)
     # one that isn't the default: see `capture`
     with torch.cuda.stream(torch.cuda.Stream(device) if gpu else None):
