@@ -75,42 +75,47 @@ def similarity(model: ResNet, batches: Iterable[Tensor]) -> Similarity:
     """Compares the outputs of the residual blocks of a ResNet of timm, plain or regulated, in evaluation mode.
 
     `batches` are images (n, channels, height, width) as it takes them, n at least 4 and about the same for all.
-    A UserError if an output isn't finite, or is the same for all images of a batch.
+    At a time, memory holds the outputs of one stage for one batch. A UserError if an output isn't finite, or is the same
+    for all images of a batch.
     """
     blocks = {name: module for name, module in model.named_modules() if re.fullmatch(r'layer\d\.\d+', name)}
     names, stages = list(blocks), [_stage(name) for name in blocks]
-    same_stage = torch.tensor([[a == b for b in stages] for a in stages])
     hsic, cosine = torch.zeros(2, len(blocks), len(blocks), dtype=torch.float64)
-    outputs: List[Tensor] = []  # of the blocks for a batch, (n, features)
+    grams: List[Tensor] = []  # of the blocks so far
+    units: List[Tensor] = []  # outputs of the blocks so far in the stage, of unit length
     seen = 0
 
-    def keep(block: nn.Module, inputs: Any, output: Any) -> None:
+    def read(block: nn.Module, inputs: Any, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output  # a regulated block hands on its state as well
-        outputs.append(x.flatten(1))
+        index, x = len(grams), x.flatten(1)
+        if not x.isfinite().all() or (x == x[0]).all():
+            told = f'infinities, NaN or the same for all of {len(x)} images'
+            raise UserError(f'{names[index]} gives {told}; give a model that works')
+        grams.append(_centered_gram(x))
+        first = stages.index(stages[index])
+        if index == first:
+            units.clear()
+        units.append(F.normalize(x))
+        for row, unit in enumerate(units, start=first):
+            cosine[row, index] += torch.einsum('nf,nf->n', unit, units[-1]).sum().cpu()
 
-    hooks = [block.register_forward_hook(keep) for block in blocks.values()]
+    hooks = [block.register_forward_hook(read) for block in blocks.values()]
     try:
         for images in batches:
-            outputs.clear()
             model(images)
             n = len(images)
             seen += n
-            for name, x in zip(names, outputs):
-                if not x.isfinite().all() or (x == x[0]).all():
-                    told = f'infinities, NaN or the same for all of {n} images'
-                    raise UserError(f'{name} gives {told}; give a model that works')
-            G = torch.stack([_centered_gram(x) for x in outputs]).flatten(1)
+            G = torch.stack(grams).flatten(1)
             hsic += G @ G.T / (n * (n - 3))
-            units = [F.normalize(x) for x in outputs]
-            for i, j in same_stage.triu().nonzero().tolist():
-                cosine[i, j] += torch.einsum('nf,nf->n', units[i], units[j]).sum().cpu()
+            grams.clear()
     finally:
         for hook in hooks:
             hook.remove()
     scale = hsic.diagonal().sqrt()
+    other_stage = torch.tensor([[a != b for b in stages] for a in stages])
     values = {
         CKA: hsic / scale / scale[:, None],
-        COSINE: ((cosine + cosine.triu(1).T) / seen).masked_fill(~same_stage, math.nan),
+        COSINE: ((cosine + cosine.triu(1).T) / seen).masked_fill(other_stage, math.nan),
     }
     return Similarity(names, values)
 
