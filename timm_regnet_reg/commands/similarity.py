@@ -75,8 +75,8 @@ def similarity(model: ResNet, batches: Iterable[Tensor]) -> Similarity:
     """Compares the outputs of the residual blocks of a ResNet of timm, plain or regulated, in evaluation mode.
 
     `batches` are images (n, channels, height, width) as it takes them, n at least 4 and about the same for all.
-    At a time, memory holds the outputs of one stage for one batch. A UserError if an output isn't finite, or is the same
-    for all images of a batch.
+    At a time, memory holds the outputs of one stage for one batch. A UserError if an output isn't finite, or is the
+    same for all images of a batch.
     """
     blocks = {name: module for name, module in model.named_modules() if re.fullmatch(r'layer\d\.\d+', name)}
     names, stages = list(blocks), [_stage(name) for name in blocks]
