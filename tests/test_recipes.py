@@ -8,9 +8,9 @@ compare that file with it, are skipped unless the environment variable TIMM_TRAI
 """
 
 import argparse
-import copy
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -25,10 +25,10 @@ import yaml
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs
 
 import timm_regnet_reg  # noqa: F401  (registers the models)
+from timm_regnet_reg.papers.resident import learning_rates
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / 'train_recipes').glob('*.yaml'))}
@@ -58,32 +58,26 @@ def describe(train_script):
     for name in 'train.py', 'validate.py':
         module = load_script(train_script.with_name(name))
         actions = [action for action in module.parser._actions if action.dest != 'help']
-        if name == 'train.py':
-            actions += module.config_parser._actions
-        options[name] = {
-            ' '.join(action.option_strings) or action.dest: {
-                key: value
-                for key, value in {
-                    'dest': action.dest,
-                    'type': action.type and action.type.__name__,
-                    'nargs': 'ParseKwargs' if isinstance(action, ParseKwargs) else action.nargs,
-                    'choices': action.choices and list(action.choices),
-                }.items()
-                if value is not None
+        actions += module.config_parser._actions if name == 'train.py' else []
+        options[name] = {}
+        for action in actions:
+            option = {
+                'dest': action.dest,
+                'type': action.type and action.type.__name__,
+                'nargs': 'ParseKwargs' if isinstance(action, ParseKwargs) else action.nargs,
+                'choices': action.choices and list(action.choices),
             }
-            for action in actions
-        }
+            flags = ' '.join(action.option_strings) or action.dest
+            options[name][flags] = {key: value for key, value in option.items() if value is not None}
     return options
 
 
 def create_parser(options):
     parser = argparse.ArgumentParser()
     for flags, option in options.items():
-        kwargs = dict(option)
+        kwargs = {**option, 'type': {'int': int, 'float': float}.get(option.get('type'), str)}
         if not flags.startswith('-'):
             del kwargs['dest']
-        if 'type' in kwargs:
-            kwargs['type'] = {'int': int, 'float': float, 'str': str}[kwargs['type']]
         if option.get('nargs') == 'ParseKwargs':
             kwargs.update(nargs='*', action=ParseKwargs)
         elif option.get('nargs') == 0:
@@ -94,12 +88,9 @@ def create_parser(options):
 
 @pytest.fixture(scope='module')
 def train_script():
-    path = os.environ.get('TIMM_TRAIN_SCRIPT')
-    if not path:
-        reason = "TIMM_TRAIN_SCRIPT is not set to the path of timm's train.py"
-        print(reason)
-        pytest.skip(reason)
-    return Path(path)
+    if 'TIMM_TRAIN_SCRIPT' not in os.environ:
+        pytest.skip("TIMM_TRAIN_SCRIPT is not set to the path of timm's train.py")
+    return Path(os.environ['TIMM_TRAIN_SCRIPT'])
 
 
 @pytest.fixture(scope='module')
@@ -109,11 +100,6 @@ def parsers():
     return {name: create_parser(options[name]) for name in ('train.py', 'validate.py')}
 
 
-@pytest.fixture(scope='module')
-def train_parser(parsers):
-    return parsers['train.py']
-
-
 def test_options_are_those_of_timms_scripts(train_script):
     known, real = json.loads(OPTIONS.read_text()), describe(train_script)
     for name in 'train.py', 'validate.py':  # scripts of another version may know more
@@ -121,34 +107,23 @@ def test_options_are_those_of_timms_scripts(train_script):
         assert not changed, f'of timm {real["timm"]}; python tests/test_recipes.py {train_script} rewrites {OPTIONS}'
 
 
-def fits(value, action):
-    """Whether a YAML value is what the command line would have made of this option (argparse checks no defaults)."""
-    if isinstance(action, ParseKwargs):
-        return isinstance(value, dict)
-    if action.nargs == 0:
-        return isinstance(value, bool)
-    if action.nargs in ('+', '*') or isinstance(action.nargs, int):
-        lengths = (action.nargs,) if isinstance(action.nargs, int) else range(action.nargs == '+', 100)
-        element = copy.copy(action)
-        element.nargs = None
-        return isinstance(value, list) and len(value) in lengths and all(fits(v, element) for v in value)
-    if action.choices is not None and value not in action.choices:
-        return False
-    types = {float: (int, float), int: int, str: str, None: str}[action.type]
-    return isinstance(value, types) and not isinstance(value, bool)
+def words(action, value):
+    """An option as the command line has it that sets argparse's `action` to this value."""
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, dict):
+        values = [f'{key}={item}' for key, item in value.items()]
+    return [action.option_strings[-1], *([] if action.nargs == 0 else map(str, values))]
 
 
 @recipe_names
-def test_every_key_is_an_option_of_train_py_and_has_its_type(name, train_parser):
-    actions = {action.dest: action for action in train_parser._actions}
+def test_every_key_is_an_option_of_train_py_and_has_its_type(name, parsers):
+    """Argparse checks no defaults, which a recipe's values are; YAML takes 5e-3 for text."""
+    actions = {action.dest: action for action in parsers['train.py']._actions}
     recipe = load(name)
     assert not [key for key in recipe if key not in actions]
-    assert not {key: value for key, value in recipe.items() if not fits(value, actions[key])}
-
-
-@pytest.mark.parametrize('value', ['5e-3', True, None])  # YAML takes 5e-3 for text
-def test_the_type_check_refuses_what_is_no_number(value, train_parser):
-    assert not fits(value, next(action for action in train_parser._actions if action.dest == 'lr'))
+    args = parsers['train.py'].parse_args(sum((words(actions[key], value) for key, value in recipe.items()), []))
+    assert {key: getattr(args, key) for key in recipe} == recipe
+    assert recipe['device_modules'] == ['timm_regnet_reg']  # which registers the models
 
 
 def commands(name):
@@ -163,35 +138,39 @@ def test_commands_in_the_comments_name_real_models_and_options(name, parsers):
     assert commands(name)
     for command in commands(name):
         script = next(word for word in command if word in parsers)
-        try:
-            args = parsers[script].parse_args(
-                ['10' if word == 'N' else word for word in command[command.index(script) + 1 :]]
-            )
-        except SystemExit:
-            pytest.fail(f'{script} refuses: {shlex.join(command)}')
+        given = ['10' if word == 'N' else word for word in command[command.index(script) + 1 :]]
+        args = parsers[script].parse_args(given)
         if script == 'train.py':
             assert (ROOT / args.config).samefile(RECIPES[name])
         assert timm.is_model(args.model)
 
 
-@recipe_names
-def test_recipe_registers_the_models(name):
-    assert load(name)['device_modules'] == ['timm_regnet_reg']
+def steps(*milestones, early=0):
+    """Divided by ten at these epochs."""
+    return lambda update, epochs: 10.0 ** -sum(update >= 390 * milestone - early for milestone in milestones)
 
 
-@pytest.mark.parametrize('name, milestones', [('imagenet', [30, 60, 90]), ('cifar100', [82, 123])])
-def test_learning_rate_is_divided_by_ten_where_the_papers_divide_it(name, milestones):
-    """By epochs, as train.py steps it. That of CIFAR-10's recipes, update by update, is in test_resident.py."""
+def cosine(update, epochs):
+    """timm's: warm-up from a tenth in the first epoch, and cosine to 0 over all epochs."""
+    return 0.1 + 0.9 * update / 390 if update < 390 else (1 + math.cos(math.pi * update / (390 * epochs))) / 2
+
+
+@pytest.mark.parametrize(
+    'name, epochs, factor',
+    [
+        ('imagenet', 100, steps(30, 60, 90)),
+        ('cifar10', 164, steps(82, 123, early=1)),  # timm's multistep, by updates
+        ('cifar100', 164, steps(82, 123, early=1)),
+        ('cifar10_short', 30, cosine),
+        ('cifar10_strong', 200, cosine),
+    ],
+)
+def test_learning_rate_of_every_update_is_the_papers(name, epochs, factor):
+    """As `reproduce` has it from timm; that train.py has it so is in test_resident.py."""
     recipe = load(name)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe['lr_base'])
-    options = scheduler_kwargs(argparse.Namespace(**recipe))
-    scheduler, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=390)
-    assert epochs == {'imagenet': 100, 'cifar100': 164}[name]
-    for epoch in range(epochs):
-        scheduler.step(epoch)
-        scheduler.step_update(epoch * 390)
-        passed = sum(epoch >= milestone for milestone in milestones)
-        assert optimizer.param_groups[0]['lr'] == pytest.approx(0.1 / 10**passed)
+    rate = 0.1 * recipe['batch_size'] / recipe['lr_base_size']
+    expected = [rate * factor(update, epochs) for update in range(390 * epochs)]
+    assert learning_rates(recipe, updates_per_epoch=390) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -222,42 +201,20 @@ def test_weight_decay_covers_what_the_paper_says(name, decayed):
     assert decays == ({args.weight_decay} if decayed else {args.weight_decay, 0.0})
 
 
-def noise(size):
-    return torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
-
-
-def image(pixels):
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-cifar_recipes = pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
-
-
-@cifar_recipes
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
 def test_cifar_training_views_are_windows_of_the_padded_image_bit_for_bit(name):
     """He et al., section 4.2: 4 pixels padded on each side, and a 32x32 crop of it. All 81 are seen."""
     recipe = load(name)
-    transform = create_transform(
-        input_size=(3, 32, 32),
-        is_training=True,
-        scale=recipe['scale'],
-        ratio=recipe['ratio'],
-        hflip=0.0,
-        color_jitter=recipe['color_jitter'],
-        interpolation=recipe['train_interpolation'],
-        use_prefetcher=True,
-    )
+    options = {key: recipe[key] for key in ('scale', 'ratio', 'color_jitter')}
+    options.update(hflip=0.0, interpolation=recipe['train_interpolation'], use_prefetcher=True)
+    transform = create_transform((3, 32, 32), is_training=True, **options)
     random.seed(0)
-    pixels = noise(40)
-    windows = {
-        pixels[:, top : top + 32, left : left + 32].contiguous().numpy().tobytes(): (top, left)
-        for top in range(9)
-        for left in range(9)
-    }
-    padded = image(pixels)
-    seen = [windows.get(torch.as_tensor(transform(padded)).numpy().tobytes()) for _ in range(1500)]
-    assert None not in seen
-    assert set(seen) == set(windows.values())
+    padded = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8).numpy()
+    places = [(top, left) for top in range(9) for left in range(9)]
+    windows = {padded[top : top + 32, left : left + 32].tobytes(): (top, left) for top, left in places}
+    views = (torch.as_tensor(transform(Image.fromarray(padded))) for _ in range(1500))
+    seen = [windows.get(view.permute(1, 2, 0).numpy().tobytes()) for view in views]
+    assert None not in seen and {*seen} == {*places}
 
 
 def test_cifar100_is_normalised_by_its_own_mean_and_std():

@@ -6,6 +6,7 @@ The test that trains by train.py needs timm's; see test_recipes.py. The engine's
 import argparse
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,20 @@ import torch
 import yaml
 from conftest import full_disk
 from PIL import Image
-from test_recipes import parsers, train_script  # noqa: F401, fixtures
+from test_recipes import load, parsers, train_script  # noqa: F401, fixtures
 from test_resident import write_folder
 
 import timm_regnet_reg
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.commands import reproduce
-from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.papers import results as papers_results
 from timm_regnet_reg.papers.resident import Network
 from timm_regnet_reg.papers.results import COLUMNS, ROWS, TABLES, Run, add_result, read_results, report
 from timm_regnet_reg.weights.files import locked
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = yaml.safe_load((ROOT / 'train_recipes' / 'cifar10.yaml').read_text())
+RECIPE = load('cifar10')
+SHORT = {**RECIPE, 'epochs': 2, 'batch_size': 16}
 PUBLISHED = ROOT / 'train_recipes' / 'results' / 'cifar10.csv'
 
 
@@ -43,19 +44,10 @@ def test_a_run_is_known_by_all_that_decides_its_result():
     run = create_run()
     same = create_run(recipe=yaml.safe_load(yaml.safe_dump(RECIPE)))  # without the comments
     assert run.has_result([same.identity]) and run.name == same.name
-    others = [
-        create_run(ROWS[1]),
-        create_run(TABLES['stages'][5]),
-        create_run(TABLES['stages'][4]),
-        create_run(dataset='cifar100'),
-        create_run(schedule='short'),
-        create_run(seed=1),
-        create_run(engine='train.py'),
-        create_run(recipe={**RECIPE, 'amp': True}),
-        create_run(recipe={**RECIPE, 'momentum': 0.8}),
-        create_run(train=45000),
-        create_run(validation=10000),
-    ]
+    others = [create_run(row) for row in (ROWS[1], TABLES['stages'][4], TABLES['stages'][5])]
+    changes = dict(dataset='cifar100'), dict(schedule='short'), dict(seed=1), dict(engine='train.py'), dict(train=45000)
+    others += [create_run(**change) for change in (*changes, dict(validation=10000))]
+    others += [create_run(recipe={**RECIPE, **change}) for change in (dict(amp=True), dict(momentum=0.8))]
     assert len({other.name for other in (run, *others)}) == 1 + len(others)
     assert not run.has_result([other.identity for other in others])
 
@@ -66,24 +58,12 @@ def test_published_results_are_readmes_and_of_the_short_recipe(parsers):  # noqa
     text = (ROOT / 'README.md').read_text() + PUBLISHED.with_name('README.md').read_text()
     table = text.split('<!-- regnet-reg reproduce --report -->\n')[1].split('<!-- end of table -->')[0]
     assert len(known) == 12 and len(table.splitlines()) == 6 and table in report(known)
-    short = yaml.safe_load((ROOT / 'train_recipes' / 'cifar10_short.yaml').read_text())
+    short = load('cifar10_short')
     given = parsers['train.py'].parse_args(known[0]['options'].split(), argparse.Namespace(**RECIPE))
     assert {key: getattr(given, key) for key in short} == short and given.amp and given.amp_dtype == 'bfloat16'
     recipe = {**short, 'amp': True, 'amp_dtype': 'bfloat16'}
     for row in TABLES['resnet20']:
         assert create_run(row, schedule='short', seed=2, engine='train.py', recipe=recipe).has_result(known)
-
-
-def test_results_are_kept_in_the_order_of_the_tables_and_once_a_run(tmp_path):
-    path = tmp_path / 'results' / 'cifar10.csv'
-    stage = TABLES['stages'][0]
-    for row, seed in (stage, 0), (ROWS[1], 1), (ROWS[0], 1), (ROWS[1], 0):
-        add_result(path, create_result(row, seed, 91))
-    found = [(result['model'], result['arguments'], result['seed']) for result in read_results(path)]
-    plain, rnn = ROWS[0].model, ROWS[1].model
-    assert found == [(plain, '', '1'), (rnn, '', '0'), (rnn, '', '1'), (stage.model, 'regulated_stages=(1,)', '0')]
-    with pytest.raises(UserError, match='two rows'):
-        add_result(path, create_result(stage, 0, 92))
 
 
 @pytest.mark.parametrize('freedom, quantile', [(1, 12.7062), (4, 2.7764), (8, 2.3060), (30, 2.0423), (300, 1.9679)])
@@ -92,14 +72,18 @@ def test_intervals_are_students(freedom, quantile):
     assert papers_results._student(freedom) == pytest.approx(quantile, abs=2e-4)
 
 
-def test_report_has_means_and_intervals_and_never_mixes_engines_or_settings(tmp_path, capsys):
+def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mixes_runs(tmp_path, capsys):
     """91, 92 and 93 % are errors of 8 ± 1 %; the papers' are SPEC's. The interval is 4.3027 * sqrt(1 / 3 + 1)."""
     path = tmp_path / 'results' / 'cifar10.csv'
-    for seed, top1 in enumerate((91, 92, 93)):
-        add_result(path, create_result(ROWS[0], seed, top1, torch='2.1' if seed else '2.2'))
+    add_result(path, create_result(TABLES['stages'][0], 0, 95))
     add_result(path, create_result(ROWS[3], 0, 92.5))
+    for seed, top1 in (2, 93), (0, 91), (1, 92):
+        add_result(path, create_result(ROWS[0], seed, top1, torch='2.1' if seed else '2.2'))
     add_result(path, create_result(ROWS[0], 0, 90, engine='train.py'))
     add_result(path, create_result(ROWS[0], 3, 70, settings='2'))
+    assert [result['seed'] for result in read_results(path)] == ['3', '0', '1', '2', '0', '0', '0']
+    with pytest.raises(ValueError, match='two rows'):
+        add_result(path, create_result(ROWS[3], 0, 94))
     command = ['reproduce', '--report', '--results', str(path.parent)]
     assert main(command) == 0
     text = capsys.readouterr().out
@@ -107,7 +91,9 @@ def test_report_has_means_and_intervals_and_never_mixes_engines_or_settings(tmp_
         '| cifar_resnet20 | 0.272M | 40.8M | 30.00 | 1 | 1.000 | 8.38 |',
         '| cifar_resnet20 | 0.272M | 40.8M | 8.00 ± 1.00 | 3 | 1.000 | 8.38 |',
         '| regnet_reg_resnet20_convlstm | 0.272M | 40.8M | 7.50 | 1 | 1.000 | 7.28 |',
+        '| regnet_reg_resnet20_convgru regulated_stages=(1,) | 0.272M | 40.8M | 5.00 | 1 | 1.000 | 7.52 |',
         '- regnet_reg_resnet20_convlstm: -0.50 ± 4.97',
+        '- regnet_reg_resnet20_convgru regulated_stages=(1,): -3.00 ± 4.97',
         '| cifar_resnet20 | 0.272M | 40.8M | 10.00 | 1 | 1.000 | 8.38 |',
     ]
     assert 'torch 1 and 2.1 and 2.2, python 1:' in text
@@ -120,51 +106,57 @@ def test_report_has_means_and_intervals_and_never_mixes_engines_or_settings(tmp_
 
 
 @pytest.mark.parametrize(
-    'change, message',
+    'found, instead, message',
     [
-        (dict(top1='ab'), 'could not convert'),
-        (dict(top1='nan'), 'cannot be'),
-        (dict(train_loss='inf'), 'cannot be'),
-        (dict(images=''), 'invalid literal'),
-        (dict(model='resnet50'), 'no row of the tables'),
-        ({}, 'two rows'),
-        (None, 'no results'),
-        ('model\nx\n', 'has not the columns'),
-        ('\udcff', 'cannot be read'),
+        ('90.5', 'nan', 'cannot be'),
+        ('0.25', 'inf', 'cannot be'),
+        ('5000', '', 'invalid literal'),
+        ('cifar_resnet20', 'resnet50', 'no row of the tables'),
+        ('model', 'name', 'has not the columns'),
+        ('model', '\udcff', 'cannot be read'),
+        (r'\n(.+)', r'\n\1\n\1', 'two rows'),
+        (r'\n(.+)', r'', 'no results'),
     ],
 )
-def test_damaged_results_make_no_table(change, message, tmp_path, capsys):
-    if isinstance(change, str):
-        (tmp_path / 'cifar10.csv').write_text(change, errors='surrogateescape')
-    elif change is not None:
-        with open(tmp_path / 'cifar10.csv', 'w', newline='') as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows([{**create_result(ROWS[0], 0, 90.0), **change}] * (1 if change else 2))
+def test_damaged_results_make_no_table(found, instead, message, tmp_path, capsys):
+    path = tmp_path / 'cifar10.csv'
+    add_result(path, create_result(ROWS[0], 0, 90.5, train_loss=0.25))
+    path.write_text(re.sub(found, instead, path.read_text(), count=1), errors='surrogateescape')
     assert main(['reproduce', '--report', '--results', str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert message in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
 
 
+# instead of train.py: the plain network fails, the ConvRNN diverges
+SCRIPT = """
+import json, pathlib, sys, timm_regnet_reg
+given = dict(zip(sys.argv, sys.argv[1:]))
+if given['--model'] == 'cifar_resnet20':
+    sys.exit('out of disk')
+folder = pathlib.Path(given['--output'], given['--experiment'])
+(folder / 'given').write_text(json.dumps([sys.argv[1:], timm_regnet_reg.__file__]))
+loss = 'nan' if 'convrnn' in given['--model'] else 0.5
+with open(folder / 'summary.csv', 'a') as file:
+    file.write(f'epoch,train_loss,eval_top1,eval_top5\\n1,{loss},90,99\\n')
+"""
+
+
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A clone of this project with a recipe of two epochs, a train.py that ends at once, and 20 images."""
+    """A clone of this project with a recipe of two epochs, a script in place of train.py, and 20 images."""
     (tmp_path / 'train_recipes').mkdir()
-    recipe = {**RECIPE, 'epochs': 2, 'batch_size': 16}
-    (tmp_path / 'train_recipes' / 'cifar10.yaml').write_text(yaml.safe_dump(recipe))
-    (tmp_path / 'train.py').write_text('raise SystemExit("out of disk")')
+    (tmp_path / 'train_recipes' / 'cifar10.yaml').write_text(yaml.safe_dump(SHORT))
+    (tmp_path / 'train.py').write_text(SCRIPT)
     write_folder(tmp_path / 'data')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_a_run_is_trained_once_and_goes_on_and_another_process_has_its_own(clone, capsys, monkeypatch):
+def test_a_run_is_trained_once_by_one_process_goes_on_and_can_be_packaged(clone, capsys, monkeypatch):
     command = ['reproduce', '--data-dir', 'data', '--results', 'results']
     rows = ['cifar_resnet20', 'regnet_reg_resnet20_convlstm regulated_stages=(3,)']
     command += ['--table', 'resnet20', 'stages', '--models', *rows, '--seeds', '0', '0']
-    recipe = yaml.safe_load(Path('train_recipes/cifar10.yaml').read_text())
-    taken = Run(ROWS[0], 'cifar10', 'papers', 0, 'resident', recipe, {'train': 20, 'validation': 10})
-    step = Network.step
+    taken, step = create_run(recipe=SHORT, train=20, validation=10), Network.step
 
     def killed(network):
         if network.done == 1:
@@ -188,12 +180,17 @@ def test_a_run_is_trained_once_and_goes_on_and_another_process_has_its_own(clone
     assert known[1]['options'].startswith('--config train_recipes/cifar10.yaml --model regnet_reg_resnet20_convlstm')
     assert main(command) == 0 and '2 of 2 runs were done before' in capsys.readouterr().out
 
+    checkpoint = next(Path('runs').glob('*-stage3-*/last.pth.tar'))
+    command = ['package', str(checkpoint), '--model', rows[1].split()[0], '--tag', 'tiny', '--workers', '0']
+    command += ['--data-dir', 'data', '--data-name', 'noise', '--recipe', 'train_recipes/cifar10.yaml']
+    assert main(command) == 0
+    assert '2 of 2' in Path(f'{rows[1].split()[0]}.tiny', 'README.md').read_text()
+
 
 @pytest.mark.parametrize(
     'more, message',
     [
-        (['--report'], 'no results yet'),
-        (['--data-dir', 'a' * 300], 'of 0 classes'),
+        (['--data-dir', 'nowhere'], 'no such folder'),
         (['nowhere.py', '--data-dir', 'data'], 'expected train.py'),
         (['train.py', '--data-dir', 'data', '--minutes', '1'], 'no --minutes'),
         (['--data-dir', 'data', '--schedule', 'strong'], 'No such file'),
@@ -216,38 +213,23 @@ def test_what_is_missing_is_told_before_training(more, message, clone, capsys, m
     assert message in error and len(error.splitlines()) == 1
 
 
-def test_train_py_that_fails_is_reported_with_the_end_of_its_log_and_other_runs_go_on(clone, capsys):
-    models = ['cifar_resnet20', 'regnet_reg_resnet20_convgru']
-    assert main(['reproduce', 'train.py', '--data-dir', 'data', '--results', 'results', '--models', *models]) == 1
-    error = capsys.readouterr().err
-    assert '2 of 2 runs are not done' in error and 'out of disk' in error
-
-
-@pytest.mark.parametrize('loss', ['0.5', 'nan'])
-def test_train_py_goes_on_with_the_run_the_package_and_another_seed(loss, tmp_path, parsers):  # noqa: F811
+def test_train_py_gets_the_run_and_another_seed_to_go_on_and_what_fails_is_told(clone, capsys, parsers):  # noqa: F811
     """train.py's random numbers begin at the seed whenever it starts: after a stop they must be others."""
-    script, folder = tmp_path / 'train.py', tmp_path / 'run'
-    script.write_text(
-        'import json, sys, timm_regnet_reg\n'
-        f'open({str(tmp_path / "given")!r}, "w").write(json.dumps([sys.argv[1:], timm_regnet_reg.__file__]))\n'
-        f'open("{folder}/summary.csv", "a").write("epoch,train_loss,eval_top1,eval_top5\\n1,{loss},90,99\\n")\n'
-    )
-    folder.mkdir()
+    run = create_run(TABLES['stages'][3], seed=2, engine='train.py', recipe=SHORT, train=20, validation=10)
+    folder = clone / 'runs' / run.name
+    folder.mkdir(parents=True)
     (folder / 'last.pth.tar').write_text('of the first epoch')
     (folder / 'summary.csv').write_text('epoch,train_loss,eval_top1,eval_top5\n0,2.0,30,80\n1,1.4')
-    row = TABLES['stages'][3]
-    run = create_run(row, seed=2, engine='train.py', recipe={**RECIPE, 'epochs': 2})
-    options = [str(script), *reproduce._options(run, Path('cifar10.yaml'))]
-    if loss == 'nan':
-        with pytest.raises(UserError, match='diverged'):
-            reproduce.train_by_script(run, folder, options)
-    else:
-        figures = {'top1': 90, 'top5': 99, 'train_loss': 0.5, 'seconds': ''}
-        assert reproduce.train_by_script(run, folder, options) == figures
-    given, package = json.loads((tmp_path / 'given').read_text())
+    command = 'reproduce train.py --data-dir data --results results --seeds 2 --table resnet20 stages --models'.split()
+    assert main([*command, 'cifar_resnet20', 'regnet_reg_resnet20_convrnn', str(run.row)]) == 1
+    error = capsys.readouterr().err
+    assert '2 of 3 runs are not done' in error and 'out of disk' in error and 'diverged' in error
+    [result] = read_results(Path('results', 'cifar10.csv'))
+    assert [result[key] for key in ('top1', 'top5', 'train_loss', 'seconds')] == ['90.0', '99.0', '0.5', '']
+    given, package = json.loads((folder / 'given').read_text())
     args = parsers['train.py'].parse_args(given)
     assert package == timm_regnet_reg.__file__
-    assert (args.model, args.model_kwargs) == (row.model, row.kwargs) and args.seed % 1000 == 2 < args.seed
+    assert (args.model, args.model_kwargs) == (run.row.model, run.row.kwargs) and args.seed % 1000 == 2 < args.seed
     assert args.resume == str(folder / 'last.pth.tar')
 
 

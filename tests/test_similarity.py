@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn as nn
 from conftest import MODEL
 from PIL import Image
 
@@ -18,7 +17,6 @@ from timm_regnet_reg.commands.similarity import CKA, COSINE, similarity
 from timm_regnet_reg.errors import UserError
 
 PLAIN = 'cifar_resnet20'
-BLOCKS = [f'layer{stage}.{i}' for stage in (1, 2, 3) for i in range(3)]
 
 
 def hsic(K, L):
@@ -32,60 +30,43 @@ def hsic(K, L):
 def cka(Xs, Ys):
     """Nguyen et al. (2021): of batches of features (n, features)."""
     Ks, Ls = ([X.double() @ X.double().T for X in batches] for batches in (Xs, Ys))
-
-    def mean(Ks, Ls):
-        return sum(hsic(K, L) for K, L in zip(Ks, Ls, strict=True)) / len(Ks)
-
-    return (mean(Ks, Ls) / (mean(Ks, Ks).sqrt() * mean(Ls, Ls).sqrt())).item()
+    xy, xx, yy = (sum(map(hsic, *grams)) for grams in ((Ks, Ls), (Ks, Ks), (Ls, Ls)))
+    return (xy / (xx * yy).sqrt()).item()
 
 
 def cosine(x, y):
     return sum((a @ b / a.norm() / b.norm()).item() for a, b in zip(x.double(), y.double())) / len(x)
 
 
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
-
-
 @pytest.fixture
 def run(image_folder, packaged, tmp_path, capsys):
     """Runs the command, on a packaged network unless told otherwise. Returns exit code, stdout and stderr."""
 
-    def run(*args, models=(f'local-dir:{packaged}',), data_dir=image_folder):
-        options = ['--data-dir', data_dir, '--output', tmp_path / 'new' / 'folder']
-        code = main(['similarity', *models, *map(str, options), *map(str, args)])
-        return code, *capsys.readouterr()
+    def run(*args, models=(f'local-dir:{packaged}',)):
+        options = ['--data-dir', image_folder, '--output', tmp_path / 'new' / 'folder', *args]
+        return main(['similarity', *models, *map(str, options)]), *capsys.readouterr()
 
     return run
 
 
 @pytest.mark.parametrize(
-    'name, kwargs, shape',
-    [
-        (PLAIN, {}, (3, 16, 16)),
-        (MODEL, {}, (3, 16, 16)),
-        ('seresnet50', {}, (3, 32, 32)),
-        ('regnet_reg_resnet18_convrnn', {}, (3, 32, 32)),
-    ],
+    'name, size', [(PLAIN, 16), (MODEL, 16), ('seresnet50', 32), ('regnet_reg_resnet18_convrnn', 32)]
 )
-def test_values_are_those_of_the_papers_formulas(name, kwargs, shape):
+def test_values_are_those_of_the_papers_formulas(name, size):
     torch.manual_seed(0)
     # a zero-initialised branch would leave all blocks of a stage alike
-    model = timm.create_model(name, zero_init_last=False, **kwargs).eval()
-    batches = [torch.randn(n, *shape) for n in (6, 5, 5)]
+    model = timm.create_model(name, zero_init_last=False).eval()
+    batches = [torch.randn(n, 3, size, size) for n in (6, 5, 5)]
     result = similarity(model, batches)
 
-    outputs = {block: [] for block in result.blocks}
-    for block in outputs:
+    flat = {block: [] for block in result.blocks}
+    for block in flat:
         model.get_submodule(block).register_forward_hook(
-            lambda _, __, y, block=block: outputs[block].append(y[0] if isinstance(y, tuple) else y)
+            lambda _, __, y, block=block: flat[block].append((y[0] if isinstance(y, tuple) else y).flatten(1))
         )
     with torch.no_grad():
         for images in batches:
             model(images)
-    flat = {block: [y.flatten(1) for y in outputs[block]] for block in outputs}
     for (i, a), (j, b) in itertools.product(enumerate(flat), repeat=2):
         assert result.values[CKA][i, j].item() == pytest.approx(cka(flat[a], flat[b]), abs=1e-4)
         if a[:6] == b[:6]:
@@ -99,19 +80,14 @@ def test_values_are_those_of_the_papers_formulas(name, kwargs, shape):
 
 def test_means_over_neighbours_are_printed_and_all_values_drawn(run, packaged, image_folder, tmp_path, monkeypatch):
     models, results = (PLAIN, f'local-dir:{packaged}'), []
-
-    def spy(model, batches):
-        results.append(similarity(model, batches))
-        return results[-1]
-
-    monkeypatch.setattr(command, 'similarity', spy)
+    monkeypatch.setattr(command, 'similarity', lambda *args: results.append(similarity(*args)) or results[-1])
     code, out, _ = run('--images', 9, models=models)
     assert code == 0
     expected = [f'9 images of {image_folder / "validation"}']
     for measure in (CKA, COSINE):
         expected += [f'| {measure} of neighbours | all stages | layer1 | layer2 | layer3 |', f'|---|{4 * "---:|"}']
         for model, (blocks, values) in zip(models, results, strict=True):
-            assert blocks == BLOCKS
+            assert blocks == [f'layer{stage}.{i}' for stage in (1, 2, 3) for i in range(3)]
             stages = [[values[measure][i, i + 1].item() for i in (first, first + 1)] for first in (0, 3, 6)]
             means = [sum(stages, []), *stages]
             expected.append(f'| {model} | {" | ".join(f"{sum(mean) / len(mean):.3f}" for mean in means)} |')
@@ -122,21 +98,16 @@ def test_means_over_neighbours_are_printed_and_all_values_drawn(run, packaged, i
 
 
 def test_all_models_see_the_same_images_each_as_its_config_says(run, image_folder, monkeypatch):
-    seen = []
-
-    def spy(model, batches):
-        seen.append(list(batches))
-        return similarity(model, seen[-1])
-
     def load(name, device):
         model = timm.create_model(MODEL, num_classes=3).eval()
         config = {'input_size': (3, int(name), int(name)), 'mean': (0, 0, 0), 'std': (1, 1, 1)}
         model.pretrained_cfg = dict(model.pretrained_cfg, interpolation='nearest', crop_pct=1.0, **config)
         return model
 
-    for name, double in {'similarity': spy, 'load_model': load, 'BATCH_SIZE': 5}.items():
-        monkeypatch.setattr(command, name, double)
-    monkeypatch.setattr(command, '_plot', lambda path, results: path.touch())
+    seen = []
+    monkeypatch.setattr(command, 'load_model', load)
+    monkeypatch.setattr(command, 'BATCH_SIZE', 5)
+    monkeypatch.setattr(command, 'similarity', lambda m, xs: seen.append([*xs]) or similarity(m, seen[-1]))
     assert run(models=('32', '48'))[0] == 0
     assert [[len(images) for images in batches] for batches in seen] == [[4, 4, 4]] * 2
     small, large = map(torch.cat, seen)
@@ -149,49 +120,42 @@ def test_all_models_see_the_same_images_each_as_its_config_says(run, image_folde
         assert set(enlarged.flatten().tolist()) <= set(pixels[i].flatten().tolist())
 
 
-def test_a_stage_of_one_block_has_no_neighbours(run, tmp_path, monkeypatch):
-    model = timm.create_model('resnet10t', num_classes=3).eval()
-    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 32, 32))
-    monkeypatch.setattr(command, 'load_model', lambda name, device: model)
-    code, out, _ = run(models=['resnet10t'])
-    assert code == 0
-    assert out.splitlines()[-1] == '| resnet10t |  |  |  |  |  |'
-
-
 @pytest.mark.parametrize(
     'args, message',
     [
         (['--images', 3], '3 of the 12 images of '),
         (['--split', 'test'], 'no such file or folder'),
-        (['--device', 'abacus'], '--device abacus: expected cpu'),
         (['--output', __file__], 'cannot be written'),
+        ([], 'pip install "timm-regnet-reg[plots]"'),
     ],
 )
 def test_what_cannot_work_is_told_before_a_model_is_loaded(run, args, message, monkeypatch):
     monkeypatch.setattr(command, 'load_model', lambda name, device: pytest.fail('loaded a model'))
+    if not args:
+        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     code, out, err = run(*args)
-    assert (code, out) == (1, '')
-    assert message in err
+    assert (code, out) == (1, '') and message in err
 
 
-def test_missing_matplotlib_is_told(run, monkeypatch):
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    code, _, err = run()
-    assert code == 1 and 'pip install "timm-regnet-reg[plots]"' in err
+def test_a_stage_of_one_block_has_no_neighbours_and_other_networks_are_refused(run, monkeypatch):
+    def load(name, device):
+        model = timm.create_model(name, num_classes=3).eval()
+        model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 32, 32))
+        return model
 
-
-def test_other_networks_are_refused(run, monkeypatch):
-    monkeypatch.setattr(command, 'load_model', lambda name, device: timm.create_model('mobilenetv3_small_050'))
-    code, _, err = run(models=['mobilenet'])
+    monkeypatch.setattr(command, 'load_model', load)
+    code, out, _ = run(models=['resnet10t'])
+    assert code == 0 and out.splitlines()[-1] == '| resnet10t |  |  |  |  |  |'
+    code, _, err = run(models=['mobilenetv3_small_050'])
     assert code == 1
-    assert 'mobilenet: is a MobileNetV3; expected a timm.models.ResNet, plain or regulated' in err
+    assert 'mobilenetv3_small_050: is a MobileNetV3; expected a timm.models.ResNet, plain or regulated' in err
 
 
 @pytest.mark.parametrize('value', [float('nan'), 0.1])
 @pytest.mark.parametrize('name', [PLAIN, MODEL])
 def test_a_block_whose_output_says_nothing_is_named(name, value):
     model = timm.create_model(name).eval()
-    model.layer2[1].act2 = Function(lambda x: torch.full_like(x, value))
+    model.layer2[1].act2.register_forward_hook(lambda act, inputs, output: torch.full_like(output, value))
     with pytest.raises(UserError, match='layer2.1 gives infinities, NaN or the same for all of 4 images'):
         similarity(model, [torch.randn(4, 3, 16, 16)])
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not model.layer1[0]._forward_hooks

@@ -1,19 +1,16 @@
 """Measure speed and memory beside the plain networks.
 
     regnet-reg bench                                            # ResNet-20 and ResNet-50 and what regulates them
-    regnet-reg bench --backbone resnet101 --batch-size 32
-    regnet-reg bench --networks convlstm --threads 1            # these beside the plain one
+    regnet-reg bench --backbone resnet101 --networks convlstm --batch-size 32
     regnet-reg bench --amp --compile                            # on a GPU, README's table of one
 
-A backbone is measured plain, regulated by each cell, and, on the CPU, with two other regulators in the same place:
-
-    naive-convlstm   the cell as its equations are written, a grouped 1x1 and a depthwise 3x3 convolution for every gate
-    dense-convrnn    a 3x3 convolution of X and H, all channels to all, for the gate, as other implementations have it
-
-at training (forward and backward, no optimizer) and inference; on the CPU also reparameterised, with batch norms fused
-with convolutions: regulated networks by timm.utils.reparameterize_model, the plain one by torch.fx. On a GPU each cell
-is measured with fused time steps, too, and of each network the kernels alone and a step in a CUDA graph. All run in
-channels_last, and cuDNN chooses its algorithms by trial, as in timm's train.py.
+A backbone is measured plain and regulated by each cell; on the CPU also by naive-convlstm, the cell as its equations
+are written (a grouped 1x1 and a depthwise 3x3 convolution for every gate), and by dense-convrnn, whose gate is a 3x3
+convolution of X and H, all channels to all, as in other implementations. Each is measured at training (forward and
+backward, no optimizer) and inference, on the CPU also reparameterised: regulated networks by
+timm.utils.reparameterize_model, the plain one by torch.fx. On a GPU each cell is measured with fused time steps, too,
+and of each network the kernels alone and a step in a CUDA graph. All run in channels_last, and cuDNN chooses its
+algorithms by trial, as in timm's train.py.
 
 A table is printed for each backbone, row by row as it is measured. Repeats are interleaved: every network once, then
 every network once again. Figures are medians; "speed ÷ plain" is the plain network's time by the network's in the same
@@ -32,8 +29,8 @@ from typing import Any, Callable, Dict, List
 
 import timm
 import torch
-import torch.nn as nn
 from timm.utils import reparameterize_model
+from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 import timm_regnet_reg
@@ -41,22 +38,19 @@ import timm_regnet_reg
 from ..arguments import positive
 from ..cells import CELLS
 from ..errors import UserError
-from ..papers.baselines import BASELINES, PLAIN, create
-from ..papers.tables import header, row
-from ..papers.timing import Step, capture, inference_step, kernel_time, peak_memory, stopwatch, training_step
+from ..papers.baselines import BASELINES, PLAIN, create_networks
+from ..papers.output import header, row
+from ..papers.timing import Step, capture, create_step, kernel_time, peak_memory, stopwatch
 from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 from ..weights.scoring import check_device
 
-__all__ = ['Bench']
-
-Figures = Dict[str, List[float]]  # of each column, repeat by repeat
 FUSED = ' fused'
 
 
 class Bench:
-    """Measures networks side by side, and prints a row of a Markdown table for each kind of figure.
+    """Measures networks, by names that `create_networks` takes, and prints a row of a table for each kind of figure.
 
-    `networks` are names as `create` takes them; with `gpu` also what only a GPU has: fused steps, kernels and graphs.
+    With `gpu` also what only a GPU has: fused steps, kernels and graphs.
     """
 
     def __init__(self, networks: List[str], repeats: int, device: torch.device, amp: bool, gpu: bool) -> None:
@@ -67,39 +61,36 @@ class Bench:
     def run(self, backbone: str, batch_size: int, compile: bool) -> None:
         """Prints the table of a backbone, 'resnet20', say; with `compile` also of its networks compiled."""
         torch.manual_seed(0)
-        models = create(backbone, self.networks, self.device)
+        models = create_networks(backbone, self.networks, self.device)
         size = timm.get_pretrained_cfg(f'regnet_reg_{backbone}_convlstm').input_size
-        images = torch.randn(batch_size, *size, device=self.device).contiguous(memory_format=torch.channels_last)
+        images = torch.randn(batch_size, *size, device=self.device)
+        self.images = images.contiguous(memory_format=torch.channels_last)
         print(f'\n{backbone}, batch {batch_size}, {"x".join(map(str, size[1:]))}\n')
         print(*header(['', *self.columns, 'spread']), sep='\n', flush=True)
 
-        def train(model: nn.Module) -> Step:
-            return training_step(model.train(), images, self.amp)
-
-        def infer(model: nn.Module) -> Step:
-            return inference_step(model.eval(), images, self.amp)
-
-        steps = self._steps(models, train)
+        steps = self._steps(models, train=True)
         self._measure('train', steps, memory=True)
         for model in models.values():
             model.set_grad_checkpointing(True)
         self._memory('train, checkpointed', steps)
         for model in models.values():
             model.set_grad_checkpointing(False)
-        self._measure('inference', self._steps(models, infer))
+        self._measure('inference', self._steps(models, train=False))
         compared = {name: model for name, model in models.items() if name not in BASELINES}
         if not self.gpu:
             merged = {name: fuse(m) if name == PLAIN else reparameterize_model(m) for name, m in compared.items()}
-            self._measure('inference, reparameterised', self._steps(merged, infer))
-        for what, make in (('train', train), ('inference', infer)) if compile else ():
+            self._measure('inference, reparameterised', self._steps(merged, train=False))
+        for what, train in (('train', True), ('inference', False)) if compile else ():
             torch.compiler.reset()  # all of them would exceed its limit of graphs
-            steps = self._steps(compared, lambda model: make(torch.compile(model, fullgraph=True)))
-            self._measure(f'{what}, compiled', steps, memory=make is train)
+            self._measure(f'{what}, compiled', self._steps(compared, train, compiled=True), memory=train)
 
-    def _steps(self, models: Dict[str, nn.Module], make: Callable[[nn.Module], Step]) -> Dict[str, Step]:
+    def _steps(self, models: Dict[str, nn.Module], train: bool, compiled: bool = False) -> Dict[str, Step]:
         """A step for each column whose network is among the models; what is fused is switched before it runs."""
 
-        def switched(step: Step, fused: bool) -> Step:
+        def create(model: nn.Module, fused: bool) -> Step:
+            model = torch.compile(model, fullgraph=True) if compiled else model
+            step = create_step(model, self.images, train, self.amp)
+
             def run() -> None:
                 timm_regnet_reg.set_fused(fused)
                 step()
@@ -107,7 +98,7 @@ class Bench:
             return run if self.gpu else step
 
         names = {column: column.removesuffix(FUSED) for column in self.columns}
-        return {c: switched(make(models[name]), c != name) for c, name in names.items() if name in models}
+        return {c: create(models[name], fused=c != name) for c, name in names.items() if name in models}
 
     def _measure(self, what: str, steps: Dict[str, Step], memory: bool = False) -> None:
         self._time(what, steps)
@@ -139,7 +130,7 @@ class Bench:
                 del steps[name]
         return values
 
-    def _compare(self, what: str, unit: str, values: Figures) -> None:
+    def _compare(self, what: str, unit: str, values: Dict[str, List[float]]) -> None:
         """A row of medians of seconds or bytes, and one of ratios to the plain network's of the same repeat."""
         kind, scale = ('speed', 1e3) if unit == 'ms' else ('memory', 2**-20)
         rows = {unit: {name: [scale * x for x in xs] for name, xs in values.items()}}
@@ -154,22 +145,12 @@ class Bench:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--backbone', choices=[*CIFAR_BACKBONES, *BACKBONES], metavar='NAME', help='resnet20, resnet50, …'
-    )
-    parser.add_argument(
-        '--networks',
-        nargs='+',
-        choices=[*CELLS, *BASELINES],
-        metavar='NAME',
-        help=f'{", ".join([*CELLS, *BASELINES])}: beside the plain one (default: all; on a GPU the cells)',
-    )
-    parser.add_argument(
-        '--batch-size',
-        type=positive,
-        metavar='B',
-        help='images (default: 128 in the CIFAR form, else 16; on a GPU 128 and 1024, else 64)',
-    )
+    backbones, regulated = [*CIFAR_BACKBONES, *BACKBONES], [*CELLS, *BASELINES]
+    parser.add_argument('--backbone', choices=backbones, metavar='NAME', help='resnet20, resnet50, …')
+    told = f'beside the plain one: {", ".join(regulated)} (default: all; on a GPU the cells)'
+    parser.add_argument('--networks', nargs='+', choices=regulated, metavar='NAME', help=told)
+    told = 'images (default: 128 in the CIFAR form, else 16; on a GPU 128 and 1024, else 64)'
+    parser.add_argument('--batch-size', type=positive, metavar='B', help=told)
     parser.add_argument('--repeats', type=positive, default=5, metavar='N', help='default: %(default)s')
     parser.add_argument('--threads', type=positive, metavar='N', help="CPU threads (default: torch's)")
     parser.add_argument('--device', help='cpu, cuda, cuda:1 and the like (default: cuda where there is one, else cpu)')
@@ -181,21 +162,18 @@ def main(args: argparse.Namespace) -> None:
     """Measure and print; a UserError if something could not be measured."""
     device = check_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     gpu = device.type == 'cuda'
+    large = 64 if gpu else 16
+    plan = [('resnet20', 128), ('resnet50', large), *([('resnet20', 1024)] if gpu else [])]
     if args.backbone:
-        plan = [(args.backbone, 128 if args.backbone in CIFAR_BACKBONES else 64 if gpu else 16)]
-    elif gpu:
-        plan = [('resnet20', 128), ('resnet50', 64), ('resnet20', 1024)]
-    else:
-        plan = [('resnet20', 128), ('resnet50', 16)]
+        plan = [(args.backbone, 128 if args.backbone in CIFAR_BACKBONES else large)]
     plan = list(dict.fromkeys((backbone, args.batch_size or batch_size) for backbone, batch_size in plan))
     networks = [PLAIN, *(args.networks or ([*CELLS] if gpu else [*CELLS, *BASELINES]))]
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
-    precision = 'bfloat16 autocast' if args.amp else 'float32'
     name = torch.cuda.get_device_name(device) if gpu else f'CPU, {torch.backends.cpu.get_cpu_capability()}'
     print(f'{name}, {torch.get_num_threads()} threads; torch {torch.__version__}, timm {timm.__version__}')
-    print(f'Medians of {args.repeats} repeats; {precision}, channels_last')
+    print(f'Medians of {args.repeats} repeats; {"bfloat16 autocast" if args.amp else "float32"}, channels_last')
     bench = Bench(networks, args.repeats, device, args.amp, gpu)
     # one that isn't the default: see `capture`
     with torch.cuda.stream(torch.cuda.Stream(device) if gpu else None):

@@ -8,13 +8,12 @@
 
 Start this in a clone of this project, where train_recipes/ is. Tables: resnet20 (the plain network and three cells),
 seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage), depth (32 and 56 layers). A schedule is
-a recipe: papers is train_recipes/{dataset}.yaml (164 epochs), short (30 epochs) and strong (200 epochs) are
-train_recipes/cifar10_{schedule}.yaml.
+a recipe of train_recipes/: papers {dataset}.yaml (164 epochs), short and strong cifar10_{schedule}.yaml (30 and 200).
 
-All images lie on the device. A GPU trains several networks at once, and an update is a CUDA graph. A CPU trains one
-network after the other; on two cores start the command twice, with OMP_NUM_THREADS=1: each takes the runs that the
-other doesn't have. With TRAIN_PY, the path of train.py in a clone of timm's repository
-(github.com/huggingface/pytorch-image-models), that script trains instead, in a process for each run.
+All images lie on the device. A GPU trains several networks at once, each update a CUDA graph; a CPU trains one: start
+the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs that the other doesn't have. With
+TRAIN_PY, the path of train.py in a clone of timm (github.com/huggingface/pytorch-image-models), that script trains
+instead, in a process for each run.
 
 Stop it whenever you like and start it again: what is done is skipped, and what was begun goes on. The engine saves
 every 30 seconds and goes on exactly there, on another device too. train.py goes on after its last complete epoch, with
@@ -35,22 +34,19 @@ import shlex
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import timm
 import torch
 import yaml
 
 from .. import __version__
-from ..arguments import add_device, positive
-from ..arguments import count as whole_number
+from ..arguments import add_device, count, positive
 from ..errors import UserError, reason
-from ..papers import resident
+from ..papers import flops, output, resident
 from ..papers.cifar import CLASSES
-from ..papers.flops import count
-from ..papers.plots import check_matplotlib
 from ..papers.results import TABLES, Row, Run, add_result, draw, read_results, report
 from ..weights.files import check_writable, locked
 from ..weights.scoring import check_device
@@ -58,7 +54,7 @@ from ..weights.scoring import check_device
 AT_ONCE = 4  # networks on a GPU
 
 # what may be the matter with one run, its folder and its files; other runs go on
-TROUBLE = (*resident.TROUBLE, ValueError, csv.Error)
+TROUBLE = (UserError, OSError, ValueError, csv.Error, MemoryError, torch.OutOfMemoryError)
 
 
 def read_recipe(path: Path) -> Dict[str, Any]:
@@ -71,6 +67,14 @@ def read_recipe(path: Path) -> Dict[str, Any]:
         told = ' '.join(str(error).split())  # one line of it
         raise UserError(f'{path}: is no recipe ({told}); start this in a clone, with a schedule that it has') from error
     return recipe
+
+
+def _choose(tables: List[str], models: Optional[List[str]]) -> List[Row]:
+    rows = list(dict.fromkeys(row for table in tables for row in TABLES[table]))
+    known = {name for row in rows for name in (row.model, str(row))}
+    if unknown := [model for model in models or [] if model not in known]:
+        raise UserError(f'--models {" ".join(unknown)}: not in --table, which has {", ".join(sorted(known))}')
+    return [row for row in rows if not models or {row.model, str(row)} & {*models}]
 
 
 def _options(run: Run, recipe: Path) -> List[str]:
@@ -89,18 +93,15 @@ def _summary(folder: Path) -> List[Dict[str, str]]:
 def train_by_script(run: Run, folder: Path, options: List[str]) -> Dict[str, Any]:
     """Train a run by train.py, from the start or after its last checkpoint, and give columns of its row.
 
-    `options` are the path of train.py, the run's options, and others that are no part of the run.
-
-    Raises:
-        UserError: train.py failed, or the training diverged.
+    `options` are the path of train.py, the run's options, and others that are no part of the run. A UserError if
+    train.py fails, or the training diverged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, log, lines = folder / 'last.pth.tar', folder / 'log.txt', len(_summary(folder))
+    checkpoint, log = folder / 'last.pth.tar', folder / 'log.txt'
     command = [sys.executable, '-m', 'timm_regnet_reg', 'run', *options]  # `run`, as a clone has a timm of its own
     command += ['--output', str(folder.parent), '--experiment', folder.name, '--checkpoint-hist', '1']
-    resumed = checkpoint.exists()
-    if resumed:
-        command += ['--resume', str(checkpoint), '--seed', str(run.seed + 1000 * lines)]
+    if resumed := checkpoint.exists():
+        command += ['--resume', str(checkpoint), '--seed', str(run.seed + 1000 * len(_summary(folder)))]
     print(f'{run}: {"goes on" if resumed else "starts"}; see {log}', flush=True)
     start = time.monotonic()
     with open(log, 'ab') as file:
@@ -118,31 +119,13 @@ def train_by_script(run: Run, folder: Path, options: List[str]) -> Dict[str, Any
     return {'top1': round(top1, 3), 'top5': round(top5, 3), 'train_loss': round(loss, 5), 'seconds': seconds}
 
 
-def _by_script(runs: Dict[Run, Path], options: Dict[Run, List[str]]) -> resident.Outcomes:
-    for run, folder in runs.items():
-        try:
-            yield run, train_by_script(run, folder, options[run])
-        except TROUBLE as error:
-            yield run, error
-
-
-def _choose(tables: List[str], models: Optional[List[str]]) -> List[Row]:
-    rows = list(dict.fromkeys(row for table in tables for row in TABLES[table]))
-    known = {name for row in rows for name in (row.model, str(row))}
-    if unknown := [model for model in models or [] if model not in known]:
-        raise UserError(f'--models {" ".join(unknown)}: not in --table, which has {", ".join(sorted(known))}')
-    return [row for row in rows if not models or {row.model, str(row)} & {*models}]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('train_py', metavar='TRAIN_PY', nargs='?', help="path of timm's train.py, if it is to train")
     parser.add_argument('--data-dir', metavar='DIR', help='the folder that `regnet-reg cifar` wrote')
     parser.add_argument('--dataset', choices=[*CLASSES], default='cifar10', help='default: cifar10')
     parser.add_argument('--table', nargs='+', choices=[*TABLES], default=['resnet20'], help='default: resnet20')
     parser.add_argument('--models', nargs='+', metavar='MODEL', help="only these; a row is 'MODEL ARGUMENTS'")
-    parser.add_argument(
-        '--seeds', nargs='+', type=whole_number, default=[0], metavar='N', help='one by one; default: 0'
-    )
+    parser.add_argument('--seeds', nargs='+', type=count, default=[0], metavar='N', help='default: 0')
     parser.add_argument('--schedule', choices=['papers', 'short', 'strong'], default='papers', help='default: papers')
     parser.add_argument('--amp', action='store_true', help='train in bfloat16 (autocast) instead of float32')
     parser.add_argument('--compile', action='store_true', help='compile the networks, which takes minutes at the start')
@@ -161,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
         if not known:
             raise UserError(f'{results}: no results yet; train first')
         print(report(known))
-        check_matplotlib()
+        output.check_matplotlib()
         draw(known, results.with_suffix('.png'))
         return
 
@@ -178,13 +161,10 @@ def main(args: argparse.Namespace) -> None:
         resident.check_recipe(recipe)
     device = check_device(args.device)
     found = resident.find_images(args.data_dir, args.dataset)
-    counts = {split: len(samples) for split, samples in found.items()}
-    engine = 'train.py' if args.train_py else 'resident'
-    runs = [
-        Run(row, args.dataset, args.schedule, seed, engine, recipe, counts)
-        for seed in dict.fromkeys(args.seeds)
-        for row in _choose(args.table, args.models)
-    ]
+    counts = {split: len(images) for split, images in found.items()}
+    alike = 'train.py' if args.train_py else 'resident', recipe, counts
+    rows = _choose(args.table, args.models)
+    runs = [Run(row, args.dataset, args.schedule, seed, *alike) for seed in dict.fromkeys(args.seeds) for row in rows]
     check_writable(args.output, folder=True)
     check_writable(results)
     known = read_results(results)
@@ -196,60 +176,48 @@ def main(args: argparse.Namespace) -> None:
     gpu = device.type == 'cuda'
     if gpu:
         torch.cuda.set_device(device.index or 0)  # for streams
-    versions = {
-        'device': torch.cuda.get_device_name() if gpu else 'cpu',
-        'timm_regnet_reg': __version__,
-        'timm': timm.__version__,
-        'torch': str(torch.__version__),  # a class of its own, which checkpoints don't take
-        'python': platform.python_version(),
-    }
-    script = ['--data-dir', os.path.abspath(args.data_dir), '--device', args.device]
-    script += ['--torchcompile', 'inductor'] if args.compile else []
-    script += [] if gpu else ['--workers', '0']  # a CPU has no time for processes that wait for it
+    versions = {'device': torch.cuda.get_device_name() if gpu else 'cpu', 'python': platform.python_version()}
+    versions.update(timm_regnet_reg=__version__, timm=timm.__version__)
+    versions['torch'] = str(torch.__version__)  # a class of its own, which checkpoints don't take
     images = None if args.train_py else resident.read_images(found, device)
-    at_once = AT_ONCE if gpu and images else 1
+    script = [os.path.abspath(args.train_py or ''), '--data-dir', os.path.abspath(args.data_dir)]
+    script += ['--device', args.device, *(['--torchcompile', 'inductor'] if args.compile else [])]
+    script += [] if gpu else ['--workers', '0']  # a CPU has no time for processes that wait for it
     failed: List[str] = []
 
-    def fail(run: Run, error: Exception) -> None:
-        failed.append(f'{run}: {reason(error)}')
-        print(failed[-1], file=sys.stderr, flush=True)
+    @contextmanager
+    def others_go_on(run: Run) -> Iterator[None]:
+        try:
+            yield
+        except TROUBLE as error:
+            failed.append(f'{run}: {reason(error)}')
+            print(failed[-1], file=sys.stderr, flush=True)
 
-    number = len(todo)
+    number, at_once = len(todo), AT_ONCE if gpu and images else 1
     while todo and time.monotonic() < stop:
         group, todo = todo[:at_once], todo[at_once:]
         with ExitStack() as claims:
             claimed: Dict[Run, Path] = {}
             for run in group:
                 folder = Path(args.output, run.name).absolute()
-                try:
+                with others_go_on(run):
                     claims.enter_context(locked(folder, seconds=0))
                     if not run.has_result(read_results(results)):  # which another process may have added
                         claimed[run] = folder
-                except TROUBLE as error:
-                    fail(run, error)
             if images:
-                outcomes = resident.train(claimed, images, versions, stop, args.compile)
+                trained = resident.train(claimed, images, versions, others_go_on, stop, args.compile)
             else:
-                train_py = os.path.abspath(args.train_py)
-                options = {run: [train_py, *script, *_options(run, path.absolute())] for run in claimed}
-                outcomes = _by_script(claimed, options)
-            for run, outcome in outcomes:
-                try:
-                    if isinstance(outcome, Exception):
-                        raise outcome
-                    facts = {**_facts(run), 'options': shlex.join(_options(run, path))}
-                    add_result(results, {**facts, **versions, **outcome})
-                    print(f'{run}: done, top-1 {outcome["top1"]:.2f} %', flush=True)
-                except TROUBLE as error:
-                    fail(run, error)
+                trained = ((run, {}) for run in claimed)  # by train.py, below
+            for run, measured in trained:
+                with others_go_on(run):
+                    if not images:
+                        measured = train_by_script(run, claimed[run], [*script, *_options(run, path.absolute())])
+                    kwargs = {'num_classes': CLASSES[args.dataset], **run.row.kwargs}
+                    parameters, multiply_adds = flops.count(run.row.model, **kwargs)
+                    facts = {**run.identity, 'parameters': parameters, 'multiply_adds': multiply_adds, **versions}
+                    add_result(results, {**facts, 'options': shlex.join(_options(run, path)), **measured})
+                    print(f'{run}: done, top-1 {measured["top1"]:.2f} %', flush=True)
     if failed:
         raise UserError(f'{len(failed)} of {number} runs are not done:\n' + '\n'.join(failed))
     if time.monotonic() >= stop:
         print('Stopped in time; the same command goes on with what is not done.')
-
-
-def _facts(run: Run) -> Dict[str, Any]:
-    """The columns of a run's row that no training measures."""
-    model = timm.create_model(run.row.model, num_classes=run.classes, device='meta', **run.row.kwargs).eval()
-    parameters, multiply_adds = count(model, torch.empty(1, 3, 32, 32, device='meta'))
-    return {**run.identity, 'parameters': parameters, 'multiply_adds': multiply_adds}

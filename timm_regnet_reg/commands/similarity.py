@@ -3,8 +3,8 @@
     regnet-reg similarity cifar_resnet20 regnet_reg_resnet20_convlstm --data-dir DIR --output similarity
 
 The papers' figure 1 in numbers, for any of timm's ResNets, plain or regulated. All are shown the same images, a random
-choice from DIR/validation, prepared as each model's config says. Two blocks' outputs, flattened to a vector an image,
-are compared by
+choice from DIR/validation, prepared as each model's config says. Two blocks' outputs, a vector for each image, are
+compared by
 
     linear CKA         for all pairs: 1 if one is the other rotated, scaled and shifted, about 0 if independent
     cosine similarity  for pairs in a stage, which are of one shape: averaged over the images
@@ -13,34 +13,30 @@ Linear CKA of outputs X and Y is the sum over batches of HSIC(XX', YY') divided 
 and of that of HSIC(YY', YY'). HSIC is the unbiased estimate, so that the size of the batches makes no bias (Kornblith
 et al., arXiv 1905.00414; for batches Nguyen et al., arXiv 2010.15327; HSIC: Song et al., JMLR 13, 2012, equation 5).
 
-Prints the means over neighbours: a block and the next one of its stage. Draws the values of all pairs as heat maps,
-similarity.png.
+Prints the means over neighbours, a block and the next one of its stage, and draws all values in similarity.png.
 """
 
 import argparse
-import itertools
 import math
 import random
 import re
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import create_transform, resolve_data_config
 from timm.models import ResNet
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..arguments import add_data, add_device, positive
 from ..errors import UserError
-from ..papers import tables
-from ..papers.plots import check_matplotlib
+from ..papers import output
 from ..weights.files import check_writable, replacing
 from ..weights.inference import find_images, load_model
-from ..weights.scoring import check_device, image_mode, read_image, split_folder
-
-__all__ = ['CKA', 'COSINE', 'Similarity', 'similarity']
+from ..weights.scoring import image_mode, read_image, split_folder
 
 CKA, COSINE = 'linear CKA', 'cosine similarity'
 BATCH_SIZE = 64
@@ -55,7 +51,7 @@ class Similarity(NamedTuple):
     """How alike a network's blocks are."""
 
     blocks: List[str]  # 'layer1.0', …
-    values: Dict[str, torch.Tensor]  # of each measure, (blocks, blocks), float64, NaN where it isn't defined
+    values: Dict[str, Tensor]  # of each measure, (blocks, blocks), float64, NaN where it isn't defined
 
     def neighbours(self, measure: str, stage: str = '') -> float:
         """The mean of a measure over neighbours, in one stage, 'layer1', say, or in all; NaN if there are none."""
@@ -64,11 +60,9 @@ class Similarity(NamedTuple):
         return sum(values) / len(values) if values else math.nan
 
 
-def _centered_gram(X: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of X (n, features), centred so that HSIC of two is `(K * L).sum() / (n * (n - 3))`.
-
-    That is Székely and Rizzo's U-centring (Annals of Statistics 42, 2014).
-    """
+def _centered_gram(X: Tensor) -> Tensor:
+    """The Gram matrix of X (n, features), centred so that HSIC of two is `(K * L).sum() / (n * (n - 3))`."""
+    # by Székely and Rizzo's U-centring (Annals of Statistics 42, 2014)
     X = X - X.mean(0)  # changes nothing but the rounding
     K = (X @ X.T).cpu().double().fill_diagonal_(0)
     n = len(K)
@@ -77,30 +71,26 @@ def _centered_gram(X: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def similarity(model: ResNet, batches: Iterable[torch.Tensor]) -> Similarity:
-    """Compare the outputs of a network's residual blocks. At a time, memory holds those of one stage for one batch.
+def similarity(model: ResNet, batches: Iterable[Tensor]) -> Similarity:
+    """Compares the outputs of the residual blocks of a ResNet of timm, plain or regulated, in evaluation mode.
 
-    Args:
-        model: A ResNet of timm, plain or regulated, in evaluation mode.
-        batches: Images (n, channels, height, width) as the network takes them, n at least 4 and about the same for all.
-
-    Raises:
-        UserError: An output isn't finite, or is the same for all images of a batch.
+    `batches` are images (n, channels, height, width) as it takes them, n at least 4 and about the same for all.
+    At a time, memory holds the outputs of one stage for one batch. A UserError if an output isn't finite, or is the
+    same for all images of a batch.
     """
     blocks = {name: module for name, module in model.named_modules() if re.fullmatch(r'layer\d\.\d+', name)}
     names, stages = list(blocks), [_stage(name) for name in blocks]
     hsic, cosine = torch.zeros(2, len(blocks), len(blocks), dtype=torch.float64)
-    grams: List[torch.Tensor] = []  # of the blocks so far
-    units: List[torch.Tensor] = []  # outputs of the blocks so far in the stage, of unit length
+    grams: List[Tensor] = []  # of the blocks so far
+    units: List[Tensor] = []  # outputs of the blocks so far in the stage, of unit length
     seen = 0
 
     def read(block: nn.Module, inputs: Any, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output  # a regulated block hands on its state as well
-        index = len(grams)
+        index, x = len(grams), x.flatten(1)
         if not x.isfinite().all() or (x == x[0]).all():
             told = f'infinities, NaN or the same for all of {len(x)} images'
             raise UserError(f'{names[index]} gives {told}; give a model that works')
-        x = x.flatten(1)
         grams.append(_centered_gram(x))
         first = stages.index(stages[index])
         if index == first:
@@ -133,10 +123,10 @@ def similarity(model: ResNet, batches: Iterable[torch.Tensor]) -> Similarity:
 def _table(measure: str, results: Dict[str, Similarity]) -> List[str]:
     """A Markdown table: for every model the means over neighbours, of all stages and of each."""
     stages = list(dict.fromkeys(_stage(block) for result in results.values() for block in result.blocks))
-    lines = tables.header([f'{measure} of neighbours', 'all stages', *stages])
+    lines = output.header([f'{measure} of neighbours', 'all stages', *stages])
     for name, result in results.items():
         means = [result.neighbours(measure, stage) for stage in ['', *stages]]
-        lines.append(tables.row([name, *('' if math.isnan(mean) else f'{mean:.3f}' for mean in means)]))
+        lines.append(output.row([name, *('' if math.isnan(mean) else f'{mean:.3f}' for mean in means)]))
     return lines
 
 
@@ -149,45 +139,42 @@ def _plot(path: Path, results: Dict[str, Similarity]) -> None:
     grid = figure.subplots(2, len(results), squeeze=False)
     for row, measure in zip(grid, (CKA, COSINE)):
         for axes, (name, result) in zip(row, results.items()):
-            values, blocks = result.values[measure].tolist(), result.blocks
+            values, blocks = result.values[measure].numpy(), result.blocks
             image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis')
             axes.set_title(f'{Path(name).name}\n{measure}, neighbours {result.neighbours(measure):.3f}', fontsize=10)
             axes.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=8)
             axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
-            for i, j in itertools.product(range(len(blocks)), repeat=2):
-                if not math.isnan(values[i][j]):
-                    color = 'black' if values[i][j] > 0.6 else 'white'
-                    axes.text(j, i, f'{values[i][j]:.2f}', color=color, fontsize=6, ha='center', va='center')
+            for (i, j), value in np.ndenumerate(values):
+                if not math.isnan(value):
+                    color = 'black' if value > 0.6 else 'white'
+                    axes.text(j, i, f'{value:.2f}', color=color, fontsize=6, ha='center', va='center')
         figure.colorbar(image, ax=row, label=measure, shrink=0.8)
     figure.savefig(path, dpi=150, format='png')
 
 
-def _batches(model: ResNet, batches: List[List[str]], device: str, name: str) -> Iterator[torch.Tensor]:
+def _batches(model: ResNet, batches: List[List[str]], device: str, name: str) -> Iterator[Tensor]:
     """The images of the files, batch by batch, as the model takes them."""
     config = resolve_data_config(model=model)
-    transform = create_transform(**config, is_training=False)
-    mode = image_mode(config)
+    transform, mode = create_transform(**config, is_training=False), image_mode(config)
     for paths in tqdm(batches, desc=name, unit='batch', leave=False, disable=None):
         yield torch.stack([transform(read_image(path, mode)) for path in paths]).to(device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        'models', metavar='MODEL', nargs='+', help='a ResNet of timm, hf-hub:OWNER/NAME, local-dir:FOLDER'
-    )
+    kinds = 'a ResNet of timm, hf-hub:OWNER/NAME, local-dir:FOLDER'
+    parser.add_argument('models', metavar='MODEL', nargs='+', help=kinds)
     add_data(parser)
-    more = 'how many, at most: a random choice, the same every time; 4 or more (default: %(default)s)'
-    parser.add_argument('--images', type=positive, default=512, metavar='N', help=more)
+    number = f'how many, at most: a random choice, the same every time; {LEAST} or more (default: %(default)s)'
+    parser.add_argument('--images', type=positive, default=512, metavar='N', help=number)
     add_device(parser)
     parser.add_argument('--output', default='.', metavar='DIR', help='where the figure goes (default: here)')
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure `args.models` on the same images, print the means, draw the values."""
-    check_matplotlib()
+    output.check_matplotlib()
     figure = Path(args.output, 'similarity.png')
     check_writable(figure)
-    check_device(args.device)
     root = split_folder(args.data_dir, args.split)
     paths = find_images([str(root)])
     sample = random.Random(0).sample(paths, min(args.images, len(paths)))
@@ -195,12 +182,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f'{len(sample)} of the {len(paths)} images of {root}: give {LEAST} or more')
     parts = math.ceil(len(sample) / BATCH_SIZE)
     batches = [sample[i::parts] for i in range(parts)]
-    models: Dict[str, ResNet] = {}
-    for name in args.models:
-        model = load_model(name, args.device)
+    models = {name: load_model(name, args.device) for name in args.models}
+    for name, model in models.items():
         if not isinstance(model, ResNet):
             raise UserError(f'{name}: is a {type(model).__name__}; expected a timm.models.ResNet, plain or regulated')
-        models[name] = model
     results = {name: similarity(m, _batches(m, batches, args.device, name)) for name, m in models.items()}
     print(f'{len(sample)} images of {root}', *_table(CKA, results), '', *_table(COSINE, results), sep='\n')
     with replacing(figure) as new:

@@ -4,14 +4,12 @@ from typing import Any, Dict, Iterable, Optional
 
 import timm
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..blocks import RegulatedStage
 from ..cells import CELLS, ConvLSTM
 from ..equations import Kernels, State
-
-__all__ = ['BASELINES', 'PLAIN', 'DenseConvRNN', 'NaiveConvLSTM', 'create']
 
 PLAIN = 'plain'
 
@@ -23,12 +21,12 @@ class NaiveConvLSTM(ConvLSTM):
         return [self.pointwise, self.depthwise, self.bias]
 
     @staticmethod
-    def step(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
+    def step(X: Tensor, H: Optional[Tensor], C: Optional[Tensor], W: Kernels) -> State:
         """As equations.convlstm, but W is the cell's three parameters."""
         if H is None or C is None:
             H = C = torch.zeros_like(X)
 
-        def conv(pointwise: torch.Tensor, depthwise: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        def conv(pointwise: Tensor, depthwise: Tensor, bias: Tensor) -> Tensor:
             pairs = torch.stack([X, H], dim=2).flatten(1, 2)  # X_0, H_0, X_1, H_1, …
             fused = F.conv2d(pairs, pointwise, groups=X.shape[1])
             return F.conv2d(fused, depthwise, bias, padding=1, groups=X.shape[1])
@@ -49,7 +47,7 @@ class DenseConvRNN(nn.Module):
         return [self.conv.weight, self.conv.bias]
 
     @staticmethod
-    def step(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
+    def step(X: Tensor, H: Optional[Tensor], C: Optional[Tensor], W: Kernels) -> State:
         """X and H (B, N, height, width) to the new H."""
         weight, bias = W
         H = torch.zeros_like(X) if H is None else H
@@ -59,11 +57,8 @@ class DenseConvRNN(nn.Module):
 BASELINES: Dict[str, Any] = {'naive-convlstm': NaiveConvLSTM, 'dense-convrnn': DenseConvRNN}
 
 
-def create(backbone: str, names: Iterable[str], device: Any = None) -> Dict[str, nn.Module]:
-    """The networks of these names, each `PLAIN`, a cell of `CELLS` or one of `BASELINES`, in channels_last.
-
-    `backbone` is 'resnet20', 'resnet50', …
-    """
+def create_networks(backbone: str, names: Iterable[str], device: Any = None) -> Dict[str, nn.Module]:
+    """In channels_last, networks with a `backbone` ('resnet20', …): `PLAIN`, or with a cell or one of `BASELINES`."""
     models: Dict[str, nn.Module] = {}
     for name in names:
         cell, kwargs = (name, {}) if name in CELLS else ('convlstm', {'regulated_stages': ()})

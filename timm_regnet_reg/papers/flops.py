@@ -1,25 +1,20 @@
 """What a network is made of and what it does, in figures."""
 
-from typing import Tuple
+from typing import Any, Tuple
 
+import timm
 import torch
-import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
-
-__all__ = ['count']
 
 
 @torch.inference_mode()
-def count(model: nn.Module, images: torch.Tensor) -> Tuple[int, int]:
-    """A network's parameters, and the multiply-adds of its convolutions and matrix products on these images.
+def count(name: str, **kwargs: Any) -> Tuple[int, int]:
+    """A model's parameters, and the multiply-adds of its convolutions and matrix products on one image of its size.
 
     These are half of the operations that torch's counter counts, in the forward as it runs: the first block of a stage
-    leaves out the state, which is zero there.
-
-    Args:
-        model: The network, in evaluation mode.
-        images: What it takes, (B, C, height, width), on the network's device.
+    leaves out the state, which is zero there. On torch's device `meta`, where nothing has data.
     """
+    model = timm.create_model(name, device='meta', **kwargs).eval()
     with FlopCounterMode(display=False) as counter:
-        model(images)
+        model(torch.empty(1, *model.default_cfg['input_size'], device='meta'))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

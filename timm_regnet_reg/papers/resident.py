@@ -13,14 +13,12 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import resolve_data_config
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import accuracy, random_seed
@@ -28,29 +26,22 @@ from torch import Tensor, nn
 
 from ..errors import UserError, reason
 from ..weights.files import replacing
-from ..weights.scoring import read_image
+from ..weights.scoring import ImageFolder, read_image
 from .cifar import CLASSES, SIZES
 from .results import ROWS, Run
 
-__all__ = [
-    'Images',
-    'Network',
-    'Outcomes',
-    'check_recipe',
-    'find_images',
-    'learning_rates',
-    'read_images',
-    'train',
-    'views',
-]
-
 SAVE_SECONDS = 30
 
-# what may be the matter with one network; others go on
-TROUBLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
-
-# what the engine goes by of a recipe: keys that must be there, some with the only values that it does, and keys that
-# may be there, the last two of which mean nothing here
+# what the engine goes by of a recipe: keys that must be there, keys that may be there (the last two mean nothing here),
+# and the only values that it does
+NEEDED = {
+    *'opt lr_base lr_base_size momentum weight_decay sched epochs'.split(),
+    *'batch_size channels_last scale ratio hflip color_jitter smoothing'.split(),
+}
+OPTIONAL = {
+    *'opt_kwargs sched_on_updates decay_milestones decay_rate min_lr warmup_epochs warmup_lr warmup_prefix'.split(),
+    *'num_classes mean std amp amp_dtype device_modules train_interpolation'.split(),
+}
 VALUES: Dict[str, List[Any]] = {
     'opt': ['sgd', 'momentum', 'nesterov'],
     'sched': ['multistep', 'cosine'],
@@ -59,21 +50,16 @@ VALUES: Dict[str, List[Any]] = {
     'ratio': [[1.0, 1.0]],
     'color_jitter': [0.0],
     'smoothing': [0.0],
-}
-NEEDED = {*VALUES, *'batch_size lr_base lr_base_size momentum weight_decay epochs hflip'.split()}
-OPTIONAL = {
-    *'opt_kwargs sched_on_updates decay_milestones decay_rate min_lr warmup_epochs warmup_lr warmup_prefix'.split(),
-    *'num_classes mean std amp amp_dtype device_modules train_interpolation'.split(),
+    'amp_dtype': ['bfloat16'],
 }
 
 
 def check_recipe(recipe: Dict[str, Any]) -> None:
     """Raises a UserError that names what this engine can't do of a recipe."""
-    values = {**VALUES, 'amp_dtype': ['bfloat16']}
     needed = NEEDED | ({'decay_milestones'} if recipe.get('sched') == 'multistep' else set())
-    others = [key for key in recipe if key not in NEEDED | OPTIONAL]
-    others += [key for key in values if key in recipe and recipe[key] not in values[key]]
-    wrong = [f'{key}: {recipe[key]}' for key in others] + [f'no {key}' for key in sorted(needed - recipe.keys())]
+    known = {key: VALUES.get(key, [value]) for key, value in recipe.items() if key in NEEDED | OPTIONAL}
+    wrong = [f'{key}: {value}' for key, value in recipe.items() if value not in known.get(key, [])]
+    wrong += [f'no {key}' for key in sorted(needed - recipe.keys())]
     if wrong:
         raise UserError(f"the recipe has {', '.join(wrong)}; that needs timm's train.py: give TRAIN_PY, too")
 
@@ -111,31 +97,28 @@ class Images(NamedTuple):
 
 
 def _read_pixels(path: str, size: int) -> np.ndarray:
-    pixels = np.asarray(read_image(path, upright=False))
-    if pixels.shape != (size, size, 3):
-        height, width, _ = pixels.shape
-        raise UserError(f'{path}: is {width}x{height}, expected {size}x{size}; `regnet-reg cifar` writes such images')
-    return pixels
+    image = read_image(path, upright=False)
+    if image.size != (size, size):
+        told = f'is {image.width}x{image.height}, expected {size}x{size}'
+        raise UserError(f'{path}: {told}; `regnet-reg cifar` writes such images')
+    return np.asarray(image)
 
 
-def find_images(folder: str, dataset: str) -> Dict[str, List[Tuple[str, int]]]:
-    """Paths and classes of the images of both splits, in timm's order; a UserError if they aren't CIFAR's."""
+def find_images(folder: str, dataset: str) -> Dict[str, ImageFolder]:
+    """The images of both splits, in timm's order; a UserError if they aren't CIFAR's."""
     found = {}
     for split, size in SIZES.items():
-        root = str(Path(folder, split))
-        found[split], classes = find_images_and_targets(root)
-        if len(classes) != CLASSES[dataset]:
-            raise UserError(f'{root}: holds images of {len(classes)} classes; write the folder with `regnet-reg cifar`')
-        _read_pixels(found[split][0][0], size)
+        found[split] = ImageFolder(Path(folder, split), {'input_size': (3, size, size)}, CLASSES[dataset])
+        _read_pixels(found[split].reader.samples[0][0], size)
     return found
 
 
-def read_images(found: Dict[str, List[Tuple[str, int]]], device: torch.device) -> Images:
+def read_images(found: Dict[str, ImageFolder], device: torch.device) -> Images:
     """What `find_images` found; a UserError if an image is damaged or of another size."""
     tensors = []
     with ThreadPoolExecutor() as pool:
         for split, size in SIZES.items():
-            paths, labels = zip(*found[split])
+            paths, labels = zip(*found[split].reader.samples)
             pixels = np.stack([*pool.map(_read_pixels, paths, [size] * len(paths))])
             tensors += [torch.from_numpy(pixels), torch.tensor(labels)]
     return Images(*(tensor.to(device) for tensor in tensors))
@@ -162,7 +145,7 @@ def _loss(model: nn.Module, images: Tensor, labels: Tensor, view: List[Tensor], 
     """The loss of a batch. The network is an argument, so that one compilation serves all of a kind."""
     x = _normalise(views(images, *view), mean, std)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        return F.cross_entropy(model(x), labels)
+        return nn.functional.cross_entropy(model(x), labels)
 
 
 class Network:
@@ -184,7 +167,7 @@ class Network:
         self.versions: Dict[str, List[str]] = {}
 
         random_seed(run.seed)  # as train.py: a seed gives the same weights by both
-        model = timm.create_model(run.row.model, num_classes=run.classes, **run.row.kwargs)
+        model = timm.create_model(run.row.model, num_classes=CLASSES[run.dataset], **run.row.kwargs)
         config = resolve_data_config(self.recipe, model=model)
         self.model = model.to(self.device, memory_format=torch.channels_last).train()
         self.mean, self.std = (255 * torch.tensor(config[key], device=self.device) for key in ('mean', 'std'))
@@ -225,14 +208,9 @@ class Network:
 
     def _state(self) -> Dict[str, Any]:
         state = self.optimizer.state
-        return {
-            'state_dict': self.model.state_dict(),
-            'momenta': {name: state[p]['momentum_buffer'] for name, p in self.model.named_parameters()},
-            'losses': self.losses,
-            'update': self.done,
-            'seconds': self.seconds,
-            'versions': self.versions,
-        }
+        momenta = {name: state[p]['momentum_buffer'] for name, p in self.model.named_parameters()}
+        progress = {'losses': self.losses, 'update': self.done, 'seconds': self.seconds, 'versions': self.versions}
+        return {'state_dict': self.model.state_dict(), 'momenta': momenta, **progress}
 
     def _restore(self, state: Dict[str, Any]) -> None:
         self.model.load_state_dict(state['state_dict'])
@@ -299,14 +277,11 @@ class Network:
             raise UserError(f'the training diverged (loss {loss}, update {self.done}) and makes no row; see {where}')
         for key, version in versions.items():
             self.versions[key] = list(dict.fromkeys([*self.versions.get(key, []), version]))
-        row = self.run.row
-        more = {'model': row.model, 'model_kwargs': row.kwargs, 'seed': self.run.seed, 'num_classes': self.run.classes}
-        checkpoint = {
-            **self._state(),
-            'epoch': self.done // self.updates_per_epoch - 1,  # the last complete one, counted from 0
-            'arch': row.model,
-            'args': argparse.Namespace(**{**vars(_options(self.recipe)), **more}),
-        }
+        run, args = self.run, _options(self.recipe)
+        more = {'seed': run.seed, 'num_classes': CLASSES[run.dataset]}
+        vars(args).update(model=run.row.model, model_kwargs=run.row.kwargs, **more)
+        epoch = self.done // self.updates_per_epoch - 1  # the last complete one, counted from 0
+        checkpoint = {**self._state(), 'epoch': epoch, 'arch': run.row.model, 'args': args}
         file = io.BytesIO()  # torch's own writer makes a RuntimeError of a full disk
         torch.save(checkpoint, file)
         with replacing(self.path) as new:
@@ -321,39 +296,23 @@ class Network:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 outputs.append(self.model(_normalise(batch, self.mean, self.std)).float())
         self.model.train()
-        top1, top5 = accuracy(torch.cat(outputs), self.images.test_labels, (1, 5))
-        return {
-            'top1': round(top1.item(), 3),
-            'top5': round(top5.item(), 3),
-            'train_loss': round(self.loss(), 5),
-            'seconds': round(self.seconds),
-            **{key: ' and '.join(versions) for key, versions in self.versions.items()},
-        }
-
-
-# runs, each with columns of its row, or what went wrong with it
-Outcomes = Iterator[Tuple[Run, Union[Dict[str, Any], Exception]]]
+        top1, top5 = (round(x.item(), 3) for x in accuracy(torch.cat(outputs), self.images.test_labels, (1, 5)))
+        figures = {'top1': top1, 'top5': top5, 'train_loss': round(self.loss(), 5), 'seconds': round(self.seconds)}
+        return {**figures, **{key: ' and '.join(versions) for key, versions in self.versions.items()}}
 
 
 def train(
-    runs: Dict[Run, Path],
-    images: Images,
-    versions: Dict[str, str],
-    stop: float = math.inf,
-    compiled: bool = False,
-) -> Outcomes:
+    runs: Dict[Run, Path], images: Images, versions: Dict[str, str], attempt: Callable, stop: float, compiled: bool
+) -> Iterator[Tuple[Run, Dict[str, Any]]]:
     """Trains runs at once until `time.monotonic()` is `stop`, and saves each at least once a minute in its folder.
 
-    It yields every run that is through.
+    It yields those that are through, with columns of their rows. What may fail for one run is in a `with attempt(run)`.
     """
     networks: List[Network] = []
     for run, folder in runs.items():
-        try:
+        with attempt(run):
             networks.append(network := Network(run, images, folder, compiled))
-        except TROUBLE as error:
-            yield run, error.with_traceback(None)  # which would keep the network, and its memory
-            continue
-        print(f'{run}: {f"goes on after update {network.done}" if network.done else "starts"}', flush=True)
+            print(f'{run}: {f"goes on after update {network.done}" if network.done else "starts"}', flush=True)
     saved, updates = time.monotonic(), 0
     while networks:
         for network in networks:
@@ -363,26 +322,22 @@ def train(
         now = time.monotonic()
         if now < min(stop, saved + SAVE_SECONDS) and all(network.done < network.total for network in networks):
             continue
-        for network in [*networks]:
-            outcome: Union[None, Dict[str, Any], Exception] = None
-            try:
+        running, networks = networks, []
+        for network in running:
+            with attempt(network.run):
                 network.seconds += now - saved
                 network.save(versions)
-                if network.done == network.total:
-                    outcome = network.result()
-            except TROUBLE as error:
-                outcome = error
-            if outcome:
-                networks.remove(network)
-                yield network.run, outcome
+                if network.done < network.total:
+                    networks.append(network)
+                else:
+                    yield network.run, network.result()
         if networks:
             pace = updates / (time.monotonic() - saved)
-            hours, minutes = divmod(sum(network.total - network.done for network in networks) / pace / 60, 60)
+            minutes = sum(network.total - network.done for network in networks) / pace / 60
             for network in networks:
                 epoch = network.done / network.updates_per_epoch
                 print(f'{network.run}: epoch {epoch:.1f} of {len(network.losses)}, loss {network.loss():.4f}', end=', ')
-            images_per_second = pace * networks[0].recipe['batch_size']
-            print(f'{images_per_second:.0f} images/s, {hours:.0f} h {minutes:.0f} min left', flush=True)
+            print(f'{pace * networks[0].recipe["batch_size"]:.0f} images/s, {minutes:.0f} min left', flush=True)
         saved, updates = time.monotonic(), 0
         if now >= stop:
             return

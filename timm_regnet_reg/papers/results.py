@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 import json
 import math
 import statistics
@@ -14,10 +13,10 @@ import numpy as np
 
 from ..errors import UserError
 from ..weights.files import locked, replacing
-from . import tables
+from . import output
 from .cifar import CLASSES
 
-__all__ = ['COLUMNS', 'ROWS', 'TABLES', 'Row', 'Run', 'add_result', 'draw', 'read_results', 'report']
+Result = Dict[str, str]  # a row of a CSV file
 
 
 class Row(NamedTuple):
@@ -41,36 +40,10 @@ class Row(NamedTuple):
         return f'{self.model} {self.arguments}'.strip()
 
 
-TABLES: Dict[str, List[Row]] = {
-    'resnet20': [
-        Row('cifar_resnet20', 8.38, 31.72),
-        Row('regnet_reg_resnet20_convrnn', 7.60, 30.03),
-        Row('regnet_reg_resnet20_convgru', 7.42, 29.69),
-        Row('regnet_reg_resnet20_convlstm', 7.28, 29.81),
-    ],
-    'seresnet20': [
-        Row('cifar_seresnet20', 8.02, 31.14),
-        Row('regnet_reg_seresnet20_convrnn', 7.55, 29.63),
-        Row('regnet_reg_seresnet20_convgru', 7.25, 29.08),
-        Row('regnet_reg_seresnet20_convlstm', 6.98, 29.02),
-    ],
-    'stages': [
-        Row('regnet_reg_resnet20_convgru', 7.52, 30.40, 1),
-        Row('regnet_reg_resnet20_convgru', 7.48, 30.34, 2),
-        Row('regnet_reg_resnet20_convgru', 7.49, 30.30, 3),
-        Row('regnet_reg_resnet20_convlstm', 7.56, 30.23, 1),
-        Row('regnet_reg_resnet20_convlstm', 7.49, 30.28, 2),
-        Row('regnet_reg_resnet20_convlstm', 7.52, 29.92, 3),
-    ],
-    'depth': [
-        Row('cifar_resnet32', 7.54, 29.86),
-        Row('regnet_reg_resnet32_convgru', 6.60, 27.42),
-        Row('regnet_reg_resnet32_convlstm', 6.88, 28.11),
-        Row('cifar_resnet56', 6.78, 28.14),
-        Row('regnet_reg_resnet56_convgru', 6.39, 27.02),
-        Row('regnet_reg_resnet56_convlstm', 6.45, 27.26),
-    ],
-}
+TABLES: Dict[str, List[Row]] = {}
+for line in csv.DictReader(Path(__file__).with_name('tables.csv').read_text().splitlines()):
+    row = Row(line['model'], float(line['cifar10']), float(line['cifar100']), int(line['stage'] or 0))
+    TABLES.setdefault(line['table'], []).append(row)
 ROWS = [row for rows in TABLES.values() for row in rows]
 PLACES = {(row.model, row.arguments): place for place, row in enumerate(ROWS)}
 # what a run is known by; it may have one row
@@ -80,6 +53,9 @@ VERSIONS = ['device', 'timm_regnet_reg', 'timm', 'torch', 'python']
 COLUMNS = IDENTITY + MEASURED + VERSIONS + ['options']
 # what rows must have in common for a mean or a table
 ALIKE = ['dataset', 'schedule', 'epochs', 'engine', 'precision', 'images', 'settings']
+TITLE = (
+    '{dataset}, schedule {schedule}, {epochs} epochs, {precision}, by {engine}, {images:,} images, settings {settings}'
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,22 +74,13 @@ class Run:
         return f'{self.row}, seed {self.seed}'
 
     @property
-    def classes(self) -> int:
-        return CLASSES[self.dataset]
-
-    @property
     def identity(self) -> Dict[str, str]:
         """The columns `IDENTITY`; `settings` is a digest of what the runs of a table are given alike."""
         settings = json.dumps([self.recipe, self.images], sort_keys=True).encode()
-        values = {
-            'model': self.row.model,
-            'arguments': self.row.arguments,
-            **vars(self),
-            'precision': 'bf16' if self.recipe.get('amp') else 'float32',
-            'images': self.images['validation'],
-            'epochs': self.recipe['epochs'],
-            'settings': hashlib.sha256(settings).hexdigest()[:12],
-        }
+        values = {**vars(self), 'model': self.row.model, 'arguments': self.row.arguments}
+        values.update(images=self.images['validation'], epochs=self.recipe['epochs'])
+        values['precision'] = 'bf16' if self.recipe.get('amp') else 'float32'
+        values['settings'] = hashlib.sha256(settings).hexdigest()[:12]
         return {key: str(values[key]) for key in IDENTITY}
 
     @property
@@ -124,11 +91,11 @@ class Run:
         stage = f'-stage{self.row.stage}' if self.row.stage else ''
         return f'{"-".join(names)}{stage}-seed{self.seed}-{facts["settings"]}'
 
-    def has_result(self, results: List[Dict[str, str]]) -> bool:
+    def has_result(self, results: List[Result]) -> bool:
         return any(self.identity.items() <= result.items() for result in results)
 
 
-def _check(results: List[Dict[str, str]]) -> None:
+def _check(results: List[Result]) -> None:
     """Raises a ValueError if these can't be what `add_result` wrote."""
     for line, result in enumerate(results, start=2):
         if {*result} != {*COLUMNS} or None in result.values():
@@ -136,15 +103,15 @@ def _check(results: List[Dict[str, str]]) -> None:
         if (result['model'], result['arguments']) not in PLACES or result['dataset'] not in CLASSES:
             raise ValueError(f'line {line} is of no row of the tables')
         whole = [int(result[key]) for key in ('seed', 'images', 'parameters', 'multiply_adds')]
-        error, loss = 100 - float(result['top1']), float(result['train_loss'])
-        if not all(0 <= figure < math.inf for figure in (*whole, error, loss)) or error > 100:
+        figures = [*whole, 100 - float(result['top1']), float(result['train_loss'])]
+        if not all(0 <= figure < math.inf for figure in figures):
             raise ValueError(f'line {line} has a figure that cannot be')
     runs = [' '.join(result[key] for key in IDENTITY) for result in results]
     if len({*runs}) < len(runs):
         raise ValueError(f'there are two rows of {max(runs, key=runs.count)}')
 
 
-def read_results(path: Path) -> List[Dict[str, str]]:
+def read_results(path: Path) -> List[Result]:
     """The rows of a CSV file, none if it isn't there; a UserError if it can't be read, or has been damaged."""
     try:
         with open(path, newline='', encoding='utf-8') as file:
@@ -158,40 +125,28 @@ def read_results(path: Path) -> List[Dict[str, str]]:
 
 
 def add_result(path: Path, result: Dict[str, Any]) -> None:
-    """Adds a row, in the order of the tables and seeds, once for a run; other processes may do so at the same time."""
+    """Adds a row, in the order of tables and seeds; a ValueError if the run has one. Other processes may add theirs."""
     with locked(path, seconds=60):
         results = [*read_results(path), {key: str(value) for key, value in result.items()}]
-        try:
-            _check(results)
-        except ValueError as error:
-            raise UserError(f'{path}: the row of {result["model"]} is not added: {error}') from error
+        _check(results)
         results.sort(key=lambda r: (*(r[key] for key in ALIKE), PLACES[r['model'], r['arguments']], int(r['seed'])))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(results)
-        with replacing(path) as new:
-            new.write_text(text.getvalue(), encoding='utf-8')
+        with replacing(path) as new, open(new, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(results)
 
 
-def _groups(results: List[Dict[str, str]]) -> Dict[Tuple[str, ...], Dict[Row, List[Dict[str, str]]]]:
-    """Results that may be compared, by what they have in common; in each, the results of every row that has any."""
-    groups: Dict[Tuple[str, ...], Dict[Row, List[Dict[str, str]]]] = {}
+def _groups(results: List[Result]) -> Dict[str, Dict[Row, List[Result]]]:
+    """Results that may be compared, by a title of what they have in common; in each, those of every row."""
+    groups: Dict[str, Dict[Row, List[Result]]] = {}
     for result in results:
+        texts = {**result, 'dataset': result['dataset'].replace('cifar', 'CIFAR-'), 'images': int(result['images'])}
         row = ROWS[PLACES[result['model'], result['arguments']]]
-        groups.setdefault(tuple(result[key] for key in ALIKE), {}).setdefault(row, []).append(result)
+        groups.setdefault(TITLE.format(**texts), {}).setdefault(row, []).append(result)
     return groups
 
 
-def _title(alike: Tuple[str, ...]) -> str:
-    dataset, schedule, epochs, engine, precision, images, settings = alike
-    return (
-        f'{dataset.replace("cifar", "CIFAR-")}, schedule {schedule}, {epochs} epochs, {precision}, by {engine}, '
-        f'{int(images):,} images, settings {settings}'
-    )
-
-
-def _error(results: List[Dict[str, str]]) -> Tuple[float, float]:
+def _error(results: List[Result]) -> Tuple[float, float]:
     """Mean and standard deviation of the error in percent; no deviation of a single seed."""
     errors = [100 - float(result['top1']) for result in results]
     return statistics.mean(errors), statistics.stdev(errors) if len(errors) > 1 else 0.0
@@ -206,49 +161,49 @@ def _student(freedom: int) -> float:
     return float(t[1 + np.searchsorted(area, 0.475)])
 
 
-def _differences(rows: Dict[Row, List[Dict[str, str]]]) -> List[str]:
+def _differences(rows: Dict[Row, List[Result]]) -> List[str]:
     """How far the networks are from their plain ones, if any row has two seeds: these tell what a seed makes."""
     freedom = sum(len(runs) - 1 for runs in rows.values())
     if not freedom:
         return []
     squares = sum((len(runs) - 1) * _error(runs)[1] ** 2 for runs in rows.values())
     deviation = math.sqrt(squares / freedom)
+    plain_runs = {row.model: runs for row, runs in rows.items()}
     lines = []
     for row, runs in rows.items():
-        plain = next((plain for plain in rows if plain.model == f'cifar_{row.model.split("_")[-2]}'), None)
-        if plain:
-            interval = _student(freedom) * deviation * math.sqrt(1 / len(runs) + 1 / len(rows[plain]))
-            lines.append(f'- {row}: {_error(runs)[0] - _error(rows[plain])[0]:+.2f} ± {interval:.2f}')
+        if plain := plain_runs.get(f'cifar_{row.model.split("_")[-2]}'):
+            interval = _student(freedom) * deviation * math.sqrt(1 / len(runs) + 1 / len(plain))
+            lines.append(f'- {row}: {_error(runs)[0] - _error(plain)[0]:+.2f} ± {interval:.2f}')
     title = f"Error minus the plain network's, 95 % interval over seeds (Student's t, deviation {deviation:.2f}):"
     return [title, '', *lines, ''] if lines else []
 
 
-def report(results: List[Dict[str, str]]) -> str:
+def report(results: List[Result]) -> str:
     """Markdown: for all runs that may be compared a table of errors beside the papers'."""
     lines = []
-    for alike, rows in _groups(results).items():
+    for title, rows in _groups(results).items():
         found = {key: {run[key] for runs in rows.values() for run in runs} for key in VERSIONS}
         versions = ', '.join(f'{key} {" and ".join(sorted(values))}' for key, values in found.items())
         columns = ['model', 'parameters', 'multiply-adds', 'error, %', 'seeds', 'training loss', "papers' error, %"]
-        lines += [f'{_title(alike)}. Trained with {versions}:', '', *tables.header(columns)]
+        lines += [f'{title}. Trained with {versions}:', '', *output.header(columns)]
         for row, runs in rows.items():
             mean, deviation = _error(runs)
             loss = statistics.mean(float(run['train_loss']) for run in runs)
-            counts = int(runs[0]['parameters']) / 1e6, int(runs[0]['multiply_adds']) / 1e6
+            parameters, multiply_adds = (int(runs[0][key]) / 1e6 for key in ('parameters', 'multiply_adds'))
             error = f'{mean:.2f} ± {deviation:.2f}' if len(runs) > 1 else f'{mean:.2f}'
-            figures = f'{counts[0]:.3f}M', f'{counts[1]:.1f}M', error, f'{len(runs)}', f'{loss:.3f}'
-            lines.append(tables.row([str(row), *figures, f'{getattr(row, alike[0]):.2f}']))
+            figures = f'{parameters:.3f}M', f'{multiply_adds:.1f}M', error, f'{len(runs)}', f'{loss:.3f}'
+            lines.append(output.row([str(row), *figures, f'{getattr(row, runs[0]["dataset"]):.2f}']))
         lines += ['', *_differences(rows)]
     return '\n'.join(lines)
 
 
-def draw(results: List[Dict[str, str]], path: Path) -> None:
+def draw(results: List[Result], path: Path) -> None:
     """The error over the parameters, measured (filled) and the papers' (hollow), a panel for each table of `report`."""
     from matplotlib.figure import Figure
 
     groups = _groups(results)
     figure = Figure(figsize=(6 * len(groups), 4.5), layout='constrained')
-    for axes, (alike, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items()):
+    for axes, (title, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items()):
         for row, runs in rows.items():
             plain = row.model.startswith('cifar_')
             backbone, cell = (row.model.split('_')[-1], 'plain') if plain else row.model.split('_')[-2:]
@@ -256,10 +211,10 @@ def draw(results: List[Dict[str, str]], path: Path) -> None:
             label = cell if cell not in axes.get_legend_handles_labels()[1] else None
             (mean, deviation), millions = _error(runs), int(runs[0]['parameters']) / 1e6
             axes.errorbar(millions, mean, deviation, fmt='o', capsize=3, color=color, label=label)
-            axes.plot(millions, getattr(row, alike[0]), 'o', fillstyle='none', color=color)
+            axes.plot(millions, getattr(row, runs[0]['dataset']), 'o', fillstyle='none', color=color)
             name = f'{backbone} {row.arguments.removeprefix("regulated_")}'
             axes.annotate(name, (millions, mean), xytext=(4, 4), textcoords='offset points', fontsize=7)
-        axes.set_title(_title(alike).replace(', settings', ',\nsettings'), fontsize='medium')
+        axes.set_title(title.replace(', settings', ',\nsettings'), fontsize='medium')
         axes.set(xlabel='parameters, millions', ylabel='error, %')
         axes.margins(x=0.12)  # for the names
         axes.legend(title="hollow: papers', 164 epochs")

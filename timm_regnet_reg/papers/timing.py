@@ -4,37 +4,28 @@ import json
 import os
 import tempfile
 import timeit
+from itertools import accumulate
 from typing import Any, Callable, Dict, List
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer
-
-__all__ = ['Step', 'capture', 'inference_step', 'kernel_time', 'peak_memory', 'stopwatch', 'training_step']
 
 Step = Callable[[], None]
 
 
-def training_step(model: nn.Module, images: torch.Tensor, amp: bool) -> Step:
-    """Forward and backward, without an optimizer, in bfloat16 autocast if `amp`."""
-    parameters = list(model.parameters())
-    labels = torch.arange(len(images), device=images.device) % model.num_classes
+def create_step(model: nn.Module, images: torch.Tensor, train: bool, amp: bool) -> Step:
+    """Inference, or forward and backward without an optimizer, in bfloat16 autocast if `amp`."""
+    parameters = list(model.train(train).parameters())
+    labels = torch.arange(len(images), device=images.device) % 10  # no network has fewer classes
 
     def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        with torch.inference_mode(not train), torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
             logits = model(images)
-        torch.autograd.grad(F.cross_entropy(logits.float(), labels), parameters)
-
-    return step
-
-
-def inference_step(model: nn.Module, images: torch.Tensor, amp: bool) -> Step:
-    @torch.inference_mode()
-    def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            model(images)
+        if train:
+            torch.autograd.grad(F.cross_entropy(logits.float(), labels), parameters)
 
     return step
 
@@ -88,9 +79,6 @@ def peak_memory(step: Step, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    peak = held = 0
-    events = _trace(step, ProfilerActivity.CPU)
-    for event in sorted((e for e in events if e['name'] == '[memory]'), key=lambda e: e['ts']):
-        held += event['args']['Bytes']  # negative for a release
-        peak = max(peak, held)
-    return peak
+    changes = [event for event in _trace(step, ProfilerActivity.CPU) if event['name'] == '[memory]']
+    changes.sort(key=lambda event: event['ts'])
+    return max(accumulate((event['args']['Bytes'] for event in changes), initial=0))  # negative for a release
