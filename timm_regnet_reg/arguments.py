@@ -2,8 +2,6 @@
 
 import argparse
 
-__all__ = ['DEFAULT_MODEL', 'add_data', 'add_device', 'add_model', 'count', 'positive', 'words']
-
 DEFAULT_MODEL = 'regnet_reg_resnet20_convlstm'
 
 

@@ -34,15 +34,12 @@ def _script(text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('script', type=_script, metavar='SCRIPT', help='path of the script')
-    # For the help text: what follows the script never reaches argparse.
+    # for the help text: what follows the script never reaches argparse
     parser.add_argument('args', metavar='ARGS', nargs='*', help='arguments of the script')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run `args.script` as ``__main__`` with the arguments `args.args`, as ``python SCRIPT ARGS`` does.
-
-    Whatever the script raises passes through, SystemExit included.
-    """
+    """Runs the script as ``python SCRIPT ARGS`` does; whatever it raises passes through, SystemExit included."""
     sys.argv = [args.script, *args.args]
     if not getattr(sys.flags, 'safe_path', False):  # Python 3.11 and later: -P
         sys.path[0] = os.path.dirname(os.path.realpath(args.script))

@@ -11,18 +11,9 @@ from safetensors import SafetensorError
 
 from ..errors import UserError
 
-__all__ = ['check_writable', 'locked', 'replacing']
-
 
 def check_writable(path, folder: bool = False) -> None:
-    """Checks before the work that its result can be written at `path`, which stays as it is.
-
-    Args:
-        folder: The result is a folder, and not a file.
-
-    Raises:
-        UserError: Nothing can be written there, or what is there is of the other kind.
-    """
+    """Checks before the work that its result, a file or a folder, can be written at `path`; a UserError if not."""
     target = Path(os.path.realpath(path))
     place = target.parent
     try:
@@ -40,13 +31,8 @@ def check_writable(path, folder: bool = False) -> None:
 def replacing(path, folder: bool = False) -> Iterator[Path]:
     """A path of the same name in a hidden folder beside `path`, whose place it takes if the block ends well.
 
-    Otherwise what was there stays. A symbolic link stays one, and what it points to is replaced.
-
-    Args:
-        folder: The block makes a folder there, and not a file.
-
-    Raises:
-        UserError: Something can't be written, in the block or after it.
+    Otherwise what was there stays, and a UserError says what couldn't be written, in the block or after it. A symbolic
+    link stays one, and what it points to is replaced.
     """
     check_writable(path, folder)
     target = Path(os.path.realpath(path))
@@ -71,12 +57,9 @@ def replacing(path, folder: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def locked(path, seconds: float) -> Iterator[None]:
-    """Holds the lock of a file or folder, a file `.{name}.lock` beside it, while the block runs.
+    """Holds the lock of a file or folder, a file `.{name}.lock` beside it; a UserError if others do for these seconds.
 
     Where the system has no locks, the file's existence is the lock, which may have to be removed by hand after a crash.
-
-    Raises:
-        UserError: Another process holds it for longer than these seconds, or nothing can be written there.
     """
     target = Path(os.path.realpath(path))
     place = target.with_name(f'.{target.name}.lock')
