@@ -25,7 +25,7 @@ from timm_regnet_reg.weights.folder import FILES, check_folder, file_sha256
 
 @pytest.fixture
 def package(trained, image_folder, tmp_path, capsys):
-    """Runs the command, if need be after `change(checkpoint)`; keywords replace arguments. Returns exit code, stderr."""
+    """Runs the command, if need be after `change(checkpoint)`; keywords replace arguments. Gives exit code, stderr."""
 
     def run(*flags, change=None, checkpoint=trained.checkpoint, **changed):
         if change:
