@@ -160,7 +160,7 @@ def test_device_that_is_not_there_is_named_and_loading_not_blamed(device, classi
         (dict(label_names={'a': 0, 'b': 1, 'c': 2}), "label_names {'a': 0"),
         (dict(label_names=7), 'label_names 7'),
         (dict(label_descriptions=['a']), 'label_descriptions of others'),
-        (dict(pretrained_cfg={'interpolation': 'nope'}), 'cannot be prepared'),
+        (dict(pretrained_cfg={'interpolation': 'nope'}), 'cannot classify'),
         (dict(pretrained_cfg={'std': [0, 0, 0]}), 'error: local-dir:'),
         (dict(pretrained_cfg={'input_size': [3, -5, 32]}), 'error: local-dir:'),
     ],

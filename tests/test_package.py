@@ -134,7 +134,7 @@ class Bomb:
         (set_args(num_classes='three'), ('does not fit',)),
         (set_args(model_kwargs={'layers_of_cake': 3}), ('does not fit', 'layers_of_cake')),
         (set_args(input_size=[3, 32]), ('does not fit', 'input_size')),
-        (set_args(interpolation='nope'), ('prepared', 'nope')),
+        (set_args(interpolation='nope'), ('cannot classify', 'nope')),
         (lambda c: c['state_dict']['bn1.running_var'].fill_(-1), ('not finite',)),
         (lambda c: c['state_dict'].pop('fc.weight'), ('1 weights are missing', 'fc.weight')),
         (lambda c: c['state_dict'].update({'fc.bias': torch.zeros(4)}), ('size mismatch for fc.bias',)),

@@ -1,6 +1,7 @@
 """Types of arguments, and arguments, that several commands have."""
 
 import argparse
+from functools import partial
 
 DEFAULT_MODEL = 'regnet_reg_resnet20_convlstm'
 
@@ -12,8 +13,7 @@ def count(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def positive(text: str) -> int:
-    return count(text, least=1)
+positive = partial(count, least=1)
 
 
 def words(text: str) -> str:

@@ -36,9 +36,7 @@ def _images(args: argparse.Namespace, split: str, downloads: Path) -> Any:
         kind = {'cifar10': CIFAR10, 'cifar100': CIFAR100}[args.dataset]
         data = kind(str(downloads), train=split == 'train', download=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: the checksum
-        raise UserError(
-            f'{args.dataset}: could not be downloaded: {error}\nCheck the connection and try again, or give --source'
-        ) from error
+        raise UserError(f'{args.dataset}: could not be downloaded ({error}); try again, or give --source') from error
     data.label_names = data.classes
     return data
 
@@ -61,8 +59,7 @@ def main(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix='.', dir=folder, ignore_cleanup_errors=True) as hidden:
             data = {split: _images(args, split, Path(hidden, 'download')) for split in SIZES}
-            if args.source is not None:
-                check_same_classes(data['validation'], data['train'].label_names, f'{args.source}/train')
+            check_same_classes(data['validation'], data['train'].label_names, 'train')
             for split, images in data.items():
                 for name in images.label_names:
                     Path(hidden, split, name).mkdir(parents=True)

@@ -35,6 +35,8 @@ from ..weights.files import check_writable, replacing
 from ..weights.inference import load_model
 from ..weights.scoring import ImageFolder, check_finite, check_same_classes, score
 
+PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
+INSTALL = 'pip install "timm-regnet-reg[export]"'
 OPSET = 18  # the one that torch's exporter writes; others are converted from it
 TOLERANCE = 1e-4
 CALIBRATION_IMAGES = 512
@@ -86,8 +88,7 @@ def quantize(source, target, images: Iterable[torch.Tensor]) -> None:
     The regulators' convolutions, and all others with groups, stay as they are: they hold few weights, are no faster
     in int8, and the state that passes through them again and again would gather their errors.
 
-    Args:
-        images: Batches (B, C, height, width); activations are quantised to the ranges that they have on these.
+    Activations are quantised to the ranges that they have on the batches of images (B, C, height, width).
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
@@ -112,10 +113,9 @@ def quantize(source, target, images: Iterable[torch.Tensor]) -> None:
 def _images(data_dir: str, model: nn.Module, data_config: Dict[str, Any]) -> Tuple[Subset, ImageFolder]:
     """Random training images to calibrate on, and those to score on, of the same classes as the model's."""
     transform = create_transform(**data_config)
-    is_cifar = tuple(data_config['input_size'][1:]) == (SIZE, SIZE)
 
     def as_used(image: Image.Image) -> torch.Tensor:  # without the border that CIFAR's are cut from
-        bordered = is_cifar and image.size == (SIZES['train'], SIZES['train'])
+        bordered = image.size == (SIZES['train'],) * 2 and data_config['input_size'][1] == SIZE
         return transform(ImageOps.crop(image, BORDER) if bordered else image)
 
     training = ImageFolder(Path(data_dir, 'train'), data_config, model.num_classes, transform=as_used)
@@ -133,8 +133,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if missing := [name for name in ('onnx', 'onnxruntime', 'onnxscript') if find_spec(name) is None]:
-        raise UserError(f'{" and ".join(missing)}: not installed; pip install "timm-regnet-reg[export]"')
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise UserError(f'{" and ".join(missing)}: not installed; {INSTALL}')
     output = Path(args.output)
     if output.suffix != '.onnx':
         raise UserError(f'{output}: expected a file name that ends in .onnx')
@@ -150,15 +150,11 @@ def main(args: argparse.Namespace) -> None:
         export_onnx(model, file)
         difference = largest_difference(model, file)
         if not difference <= TOLERANCE:
-            raise UserError(
-                f'--model {args.model}: the exported network differs from the PyTorch model by {difference:.1e} of the '
-                f'largest output, and at most {TOLERANCE} is accepted, so the file was not kept'
-            )
+            told = f'differs from the PyTorch model by {difference:.1e} of the largest output, more than {TOLERANCE}'
+            raise UserError(f'--model {args.model}: the exported network {told}, so the file was not kept')
     batch = ' x '.join(map(str, ('batch', *data_config['input_size'])))
-    print(
-        f'{output}: ONNX opset {OPSET}, images {batch}; its outputs in ONNX Runtime differ from PyTorch by at most '
-        f'{difference:.1e} of the largest'
-    )
+    told = f"its outputs in ONNX Runtime differ from PyTorch's by at most {difference:.1e} of the largest"
+    print(f'{output}: ONNX opset {OPSET}, images {batch}; {told}')
     if args.int8 is None:
         return
     full = score(OnnxModel(output), validation, data_config, desc='scoring float32')

@@ -148,8 +148,7 @@ def main(args: argparse.Namespace) -> None:
         'Seed': f'{train_args.get("seed")}{" after the last resumption" if train_args.get("resume") else ""}',
         'Weights': 'exponential moving average (EMA)' if args.use_ema else 'as trained, not averaged',
         'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
-        'Input': f'{" x ".join(map(str, data_config["input_size"]))}, {data_config["interpolation"]}, '
-        f'{data_config["crop_mode"]} crop of {data_config["crop_pct"]}',
+        'Input': '{input_size}, {interpolation}, {crop_mode} crop of {crop_pct}'.format(**data_config),
     }
     save_folder(model, output, data_config, result, args.data_name, args.license, details, reproduce)
     print(f'{output}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images')

@@ -25,10 +25,7 @@ import sys
 
 def _script(text: str) -> str:
     if not os.path.isfile(text):
-        raise argparse.ArgumentTypeError(
-            f'there is no file {text!r}: give the path of a script, such as validate.py in a clone of '
-            'github.com/huggingface/pytorch-image-models'
-        )
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}; give a script, such as timm's validate.py")
     return text
 
 

@@ -19,7 +19,7 @@ def check_writable(path, folder: bool = False) -> None:
     try:
         while not place.exists():  # folders on the way are made when they are needed
             place = place.parent
-        with _temporary(target, place):
+        with TemporaryDirectory(prefix=f'.{target.name}.', dir=place):
             other_kind = target.exists() and target.is_dir() != folder
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror or error}); choose another output') from error
@@ -38,7 +38,8 @@ def replacing(path, folder: bool = False) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(target, target.parent) as hidden:
+        # what can't be cleaned up must not hide the error that matters
+        with TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent, ignore_cleanup_errors=True) as hidden:
             new, old = Path(hidden, target.name), Path(hidden, 'old')
             yield new
             try:
@@ -49,10 +50,7 @@ def replacing(path, folder: bool = False) -> Iterator[Path]:
                 if old.exists() and not target.exists():
                     os.rename(old, target)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f'{path}: could not be written ({error}). What was there before is unchanged; free some space there or '
-            'choose another output'
-        ) from error
+        raise UserError(f'{path}: could not be written ({error}) and is unchanged; choose another output') from error
 
 
 @contextmanager
@@ -80,8 +78,3 @@ def locked(path, seconds: float) -> Iterator[None]:
         raise UserError(f'{path}: cannot be locked ({error}); choose another place') from error
     with lock:
         yield
-
-
-def _temporary(target: Path, place: Path) -> TemporaryDirectory:
-    # what can't be cleaned up must not hide the error that matters
-    return TemporaryDirectory(prefix=f'.{target.name}.', dir=place, ignore_cleanup_errors=True)

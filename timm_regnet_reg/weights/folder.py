@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import platform
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +32,7 @@ def file_sha256(path) -> str:
 
 
 class Folder(NamedTuple):
-    """A folder that passed `check_folder`, and the model that it holds (in evaluation mode, on the CPU)."""
+    """A folder that passed `check_folder`, and the model that it holds."""
 
     path: Path
     config: Dict[str, Any]
@@ -43,14 +42,14 @@ class Folder(NamedTuple):
 
 def _model_card(name: str, result: Score, data: str, license: str, details: dict, reproduce: str) -> str:
     task = 'image-classification'
-    scores = ('Top-1 accuracy', result.top1), ('Top-5 accuracy', result.top5)
+    scores = {'Top-1 accuracy': result.top1, 'Top-5 accuracy': result.top5}.items()
     metadata = ModelCardData(
         license=license,
         library_name='timm',
         pipeline_tag=task,
         tags=[task, 'timm', 'timm_regnet_reg'],
         model_name=name,
-        eval_results=[EvalResult(task, 'imagefolder', data, 'accuracy', x, metric_name=name) for name, x in scores],
+        eval_results=[EvalResult(task, 'imagefolder', data, 'accuracy', x, metric_name=key) for key, x in scores],
     )
     rows = {
         'Top-1': f'{result.top1:.2f} %',
@@ -59,8 +58,7 @@ def _model_card(name: str, result: Score, data: str, license: str, details: dict
         'Data': data,
         'Classes': len(result.label_names),
         **details,
-        'Packaged with': f'Python {platform.python_version()}, PyTorch {torch.__version__}, timm {timm.__version__}, '
-        f'timm_regnet_reg {__version__}',
+        'Packaged with': f'PyTorch {torch.__version__}, timm {timm.__version__}, timm_regnet_reg {__version__}',
         'License of the weights': license,
     }
     table = '\n'.join(f'| {key} | {str(value).replace("|", chr(92) + "|")} |' for key, value in rows.items())
@@ -111,13 +109,9 @@ def save_folder(
     Args:
         model: Its config forgets what it says of the weights that the network started from.
         folder: `…/{model}.{tag}`, which `check_replaceable` lets be replaced.
-        data_config: Input size, mean, std, interpolation and crop to record.
         data: What the images are that were scored, in words.
-        details: The rows of the card's table about the training, and anything else the reader must know.
+        details: Rows of the card's table, about the training.
         reproduce: Markdown that says how to get these weights again.
-
-    Raises:
-        UserError: The disk is full or not writable.
     """
     name = Path(folder).name
     model.pretrained_cfg.update(dict.fromkeys(PROVENANCE))
@@ -149,10 +143,7 @@ def check_folder(folder) -> Folder:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'{folder / CONFIG}: is not a config that `package` wrote ({error!r}); restore it') from error
     if file_sha256(folder / WEIGHTS) != expected:
-        raise UserError(
-            f'{folder / WEIGHTS}: is damaged or of another model, as its SHA-256 is not {expected}, which {CONFIG} '
-            'says; run `package` again, or restore the file'
-        )
+        raise UserError(f'{folder / WEIGHTS}: its SHA-256 is not {expected}, which {CONFIG} names; restore the file')
     try:
         card = ModelCard.load(folder / CARD)
         if not card.data.license or not card.data.eval_results:

@@ -14,13 +14,9 @@ from .scoring import check_device, check_finite, image_mode
 
 
 def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
-    """A classifier with its weights, in evaluation mode, that was seen to classify an image.
+    """timm's classifier of that name with its weights, in evaluation mode, on a device, seen to classify an image.
 
-    Args:
-        name: timm's name of a model, with or without tag, 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'.
-
-    Raises:
-        UserError: There is no such device, model or weights, or it doesn't classify as its config says.
+    A UserError if there is no such device, model or weights, or it doesn't classify as its config says.
     """
     torch_device = check_device(device)
     try:
@@ -69,9 +65,7 @@ def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> No
     try:
         logits = _logits(model, Image.linear_gradient('L'), data_config)
     except Exception as error:  # transforms and networks raise whatever they stumble over
-        raise UserError(
-            f'{source}: an image cannot be prepared and classified ({reason(error)}) with {data_config}; correct that'
-        ) from error
+        raise UserError(f'{source}: cannot classify an image ({reason(error)}) with {data_config}; mend it') from error
     check_finite(logits, source)
 
 
@@ -96,15 +90,8 @@ def find_images(names: Iterable[str]) -> List[str]:
 def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5) -> Iterator[List[Dict[str, Any]]]:
     """Each image's `topk` most probable classes (all, if there are fewer), the most probable first.
 
-    Args:
-        model: A classifier of timm in evaluation mode, which says how images are prepared.
-        images: Images with 8 bits a channel, read only as they are needed.
-
-    Returns:
-        Of each class `label`, `index` in the classifier, and `probability` from 0 to 1.
-
-    Raises:
-        UserError: The outputs aren't finite.
+    Of a class there are `label`, `index` in the classifier, and `probability` from 0 to 1. A UserError if the outputs
+    aren't finite.
     """
     labels, data_config = class_labels(model), resolve_data_config(model=model)
     for image in images:

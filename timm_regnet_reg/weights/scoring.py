@@ -87,10 +87,8 @@ class ImageFolder(ImageDataset):
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
         self.label_names = [*self.reader.class_to_idx]  # in the order of their numbers
         if len(self.label_names) != num_classes:
-            raise UserError(
-                f'{root}: holds {len(self.label_names)} classes ({", ".join(self.label_names[:4])}, …), expected '
-                f'{num_classes}; give the data that the network was trained on'
-            )
+            told = f'{len(self.label_names)} classes ({", ".join(self.label_names[:4])}, …)'
+            raise UserError(f'{root}: holds {told}, expected {num_classes}; give the data that belongs to the network')
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, label = self.reader.samples[index]
@@ -103,10 +101,8 @@ def check_same_classes(images: ImageFolder, expected: Sequence[str], source) -> 
     if expected and images.label_names != [*expected]:
         mine, given = {*expected}, {*images.label_names}
         lacks, adds = (', '.join(sorted(names)[:4]) or 'none' for names in (mine - given, given - mine))
-        raise UserError(
-            f'{images.reader.root}: its classes, or their order, are not those of {source} (missing: {lacks}; added: '
-            f'{adds}), so labels would be mistaken; give the data that the network was trained on'
-        )
+        told = f'its classes, or their order, are not those of {source} (missing: {lacks}; added: {adds})'
+        raise UserError(f'{images.reader.root}: {told}, so labels would be mistaken; give data of those classes')
 
 
 def score(
@@ -114,12 +110,8 @@ def score(
 ) -> Score:
     """Accuracy on images, where the model is, with timm's loader and a progress bar on stderr.
 
-    Args:
-        model: Images (B, C, height, width) to logits (B, num_classes).
-        images: An `ImageFolder`, or another data set with `label_names` whose transform timm's loader may set.
-
-    Raises:
-        UserError: An image can't be read, or the outputs are not finite.
+    `images` is an `ImageFolder`, or another data set with `label_names` whose transform timm's loader may set. A
+    UserError if an image can't be read, or the outputs are not finite.
     """
     device = next(model.parameters(), torch.empty(0)).device  # an ONNX file has no parameters, and is on the CPU
     loader = create_loader(
