@@ -73,10 +73,9 @@ def _flush(text: str = '') -> Optional[OSError]:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs a command, with its arguments, or that of the process, whose streams and signals are then prepared.
 
-    Returns:
-        Exit code: 0 on success, 1 after an error that a line on stderr tells, 130 after an interrupt, 141 when nobody
-        reads the output any more. SystemExit carries 2 for arguments that don't parse and 128 + its number after a
-        signal. Whatever a script run by ``run`` raises passes through.
+    Returns the exit code: 0 on success, 1 after an error that a line on stderr tells, 130 after an interrupt, 141 when
+    nobody reads the output any more. SystemExit carries 2 for arguments that don't parse and 128 + its number after a
+    signal. Whatever a script run by ``run`` raises passes through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ['help']:

@@ -10,7 +10,7 @@ trains stays in the folder regnet_reg_resnet20_convlstm.digits, to be used and l
 import argparse
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Tuple
+from typing import Callable, Tuple
 
 import timm
 import torch
@@ -32,8 +32,6 @@ EPOCHS = 3
 HELD_OUT = 360  # of 1,797 images
 LEARNING_RATE = 0.003
 SEED = 0
-# moved and scaled a little, but never mirrored: a mirrored digit is no digit
-AUGMENTATION: Dict[str, Any] = dict(scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None)
 
 
 class Digits(list):
@@ -77,8 +75,7 @@ def _fine_tune(model: nn.Module, loader) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    told = f'where {NAME}/ goes; one from an earlier run is replaced (default: here)'
-    parser.add_argument('--output', default='.', metavar='DIR', help=told)
+    parser.add_argument('--output', default='.', metavar='DIR', help=f'where {NAME}/ goes, replacing an earlier one')
 
 
 def main(args: argparse.Namespace) -> None:
@@ -102,14 +99,14 @@ def main(args: argparse.Namespace) -> None:
     model.reset_classifier(len(held_out.label_names))
     # without worker processes, which take longer to start than the images to prepare
     how = dict(num_workers=0, persistent_workers=False, use_prefetcher=False, device=torch.device('cpu'))
-    train_loader = create_loader(train_set, **data_config, **AUGMENTATION, **how, batch_size=32, is_training=True)
+    # moved and scaled a little, but never mirrored: a mirrored digit is no digit
+    how.update(is_training=True, scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None)
+    train_loader = create_loader(train_set, **data_config, **how, batch_size=32)
     before = score(model, held_out, data_config, workers=0, desc='scoring before')
     _fine_tune(model, train_loader)
     after = score(model, held_out, data_config, workers=0, desc='scoring after')
-    print(
-        f'Accuracy on {after.images} held-out digits: {before.top1:.1f} % before, {after.top1:.1f} % after.\n'
-        'Before, the new classifier knew nothing: about 10 % is chance.'
-    )
+    print(f'Accuracy on {after.images} held-out digits: {before.top1:.1f} % before, {after.top1:.1f} % after.')
+    print('Before, the new classifier knew nothing: about 10 % is chance.')
 
     print(f'\n4/5  Save it: {folder}')
     details = {

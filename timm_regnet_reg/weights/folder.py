@@ -62,30 +62,8 @@ def _model_card(name: str, result: Score, data: str, license: str, details: dict
         'License of the weights': license,
     }
     table = '\n'.join(f'| {key} | {str(value).replace("|", chr(92) + "|")} |' for key, value in rows.items())
-    return f"""---
-{metadata.to_yaml()}
----
-
-# {name}
-
-An image classifier for [timm](https://github.com/huggingface/pytorch-image-models) with the package
-`timm_regnet_reg`.
-
-| | |
-|---|---|
-{table}
-
-## Use
-
-```python
-import timm, timm_regnet_reg
-model = timm.create_model('local-dir:{name}', pretrained=True)  # on the Hub: 'hf-hub:OWNER/{name}'
-```
-
-## Reproduce
-
-{reproduce}
-"""
+    template = Path(__file__).with_name('card.md').read_text(encoding='utf-8')
+    return template.format(metadata=metadata.to_yaml(), name=name, table=table, reproduce=reproduce)
 
 
 def check_replaceable(folder, overwrite: bool = False) -> None:
