@@ -29,11 +29,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--model',
-        default=DEFAULT_MODEL,
-        help="a model of timm's with weights, hf-hub:OWNER/NAME or local-dir:FOLDER (default: %(default)s)",
-    )
+    told = "a model of timm's with weights, hf-hub:OWNER/NAME or local-dir:FOLDER (default: %(default)s)"
+    parser.add_argument('--model', default=DEFAULT_MODEL, help=told)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
