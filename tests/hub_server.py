@@ -1,9 +1,9 @@
 """A small local Hub for tests: as much of its HTTP API as the real huggingface_hub client needs.
 
-Repositories are private or public, hold commits, branches and pull requests, and keep LFS files by their SHA-256.
-`fault()` makes one step fail. With the fixture `hub`, the client in the test's own process talks to the server, with
-the owner's token; a subprocess gets `env=hub.env(cache=folder)`. What the server answers follows the client's own
-source and the Hub's documented API.
+Repositories are private or public, and hold commits, branches and pull requests, all files without LFS. `fault()` makes
+one step fail. With the fixture `hub`, the client in the test's own process talks to the server, with the owner's token;
+a subprocess gets `env=hub.env(cache=folder)`. What the server answers follows the client's own source and the Hub's
+documented API.
 """
 
 import base64
@@ -21,23 +21,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-LFS_SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt')  # what the Hub's default .gitattributes sends to LFS
 TOKENS = {'hf_owner': ['owner'], 'hf_reader': []}  # whose repositories they may write
 
 
-def describe(path: str, data: bytes) -> dict:
-    """A file as the Hub lists it; `oid` is Git's name of it, of an LFS file of the pointer that stands for it."""
-    described = {'type': 'file', 'path': path, 'size': len(data)}
-    if path.endswith(LFS_SUFFIXES):
-        sha256 = hashlib.sha256(data).hexdigest()
-        described['lfs'] = {'oid': sha256, 'size': len(data), 'pointerSize': 134}
-        data = f'version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n'.encode()
-    return {**described, 'oid': hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()}
-
-
-def etag(path: str, data: bytes) -> str:
-    described = describe(path, data)
-    return described.get('lfs', described)['oid']
+def git_name(data: bytes) -> str:
+    return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
 
 class Repo:
@@ -63,7 +51,6 @@ class HubServer:
 
     def __init__(self):
         self.repos: Dict[str, Repo] = {}
-        self.lfs: Dict[str, bytes] = {}
         self.requests = []  # 'METHOD path' of each request
         self.faults: Dict[str, str] = {}
         self.http = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
@@ -156,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.read(length)
         self.error(404, message=f'no such endpoint: {self.command} {url.path}')
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+    do_GET = do_HEAD = do_POST = handle_request
 
     def writable(self) -> Optional[list]:
         return TOKENS.get(self.headers.get('Authorization', '').removeprefix('Bearer '))
@@ -188,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo_id in self.hub.repos:
             return self.answer(409, {'error': 'You already created this model repo', **url})
         private = asked.get('visibility') == 'private' or bool(asked.get('private'))
-        self.hub.repos[repo_id] = Repo(private, {'.gitattributes': b'*.safetensors filter=lfs diff=lfs -text\n'})
+        self.hub.repos[repo_id] = Repo(private, {'.gitattributes': b''})
         self.answer(200, url)
 
     def validate_yaml(self) -> None:
@@ -204,30 +191,18 @@ class _Handler(BaseHTTPRequestHandler):
         repo, oid = self.find(repo_id, revision)
         if oid:
             wrong = b'!' if self.fault == 'corrupt' else b''
-            self.answer(200, [describe(path, data + wrong) for path, data in repo.commits[oid].items()])
+            files = repo.commits[oid].items()
+            told = [{'path': path, 'size': len(data), 'oid': git_name(data + wrong)} for path, data in files]
+            self.answer(200, [{'type': 'file', **file} for file in told])
 
     def preupload(self, repo_id: str, revision: str) -> None:
         repo, oid = self.find(repo_id, revision, write=True)
         if oid:
             files, answers = repo.commits[oid], []
             for path in (file['path'] for file in json.loads(self.data)['files']):
-                mode = 'lfs' if path.endswith(LFS_SUFFIXES) else 'regular'
-                known = etag(path, files[path]) if path in files else None
-                answers.append({'path': path, 'uploadMode': mode, 'shouldIgnore': False, 'oid': known})
+                known = git_name(files[path]) if path in files else None
+                answers.append({'path': path, 'uploadMode': 'regular', 'shouldIgnore': False, 'oid': known})
             self.answer(200, {'files': answers})
-
-    def batch(self, repo_id: str) -> None:
-        objects = json.loads(self.data)['objects']
-        for item in objects:
-            if item['oid'] not in self.hub.lfs:
-                item['actions'] = {'upload': {'href': f'{self.hub.endpoint}/lfs/{item["oid"]}'}}
-        self.answer(200, {'transfer': 'basic', 'objects': objects})
-
-    def upload(self, oid: str) -> None:
-        if hashlib.sha256(self.data).hexdigest() != oid:
-            return self.error(400, '', 'the content does not match its SHA-256')
-        self.hub.lfs[oid] = self.data
-        self.answer(200)
 
     def commit(self, repo_id: str, revision: str) -> None:
         repo, oid = self.find(repo_id, revision, write=True)
@@ -235,10 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         files = dict(repo.commits[oid])
         _, *operations = [json.loads(line) for line in self.data.splitlines()]
-        for operation in operations:
-            value = operation['value']
-            is_lfs = {'file': False, 'lfsFile': True}[operation['key']]
-            files[value['path']] = self.hub.lfs[value['oid']] if is_lfs else base64.b64decode(value['content'])
+        for value in (operation['value'] for operation in operations):
+            files[value['path']] = base64.b64decode(value['content'])
         number = len(repo.refs)  # main is no pull request
         create_pr = 'create_pr' in self.query
         oid = repo.commit(f'refs/pr/{number}' if create_pr else unquote(revision), files)
@@ -258,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
         data, headers = repo.commits[oid].get(path), {'X-Repo-Commit': oid}
         if data is None:
             return self.answer(404, b'', {**headers, 'X-Error-Code': 'EntryNotFound'})
-        headers.update({'ETag': f'"{etag(path, data)}"', 'Accept-Ranges': 'bytes'})
+        headers.update({'ETag': f'"{git_name(data)}"', 'Accept-Ranges': 'bytes'})
         self.answer(200, data, headers, half=self.fault == 'drop')
         if self.fault == 'drop':
             self.drop()
@@ -275,8 +248,6 @@ _ROUTES = (
     ('GET', f'/api/models/{_ID}/tree/{_REV}', 'tree'),
     ('GET', f'/api/models/{_ID}', 'info'),
     ('GET', f'/api/models/{_ID}/revision/{_REV}', 'info'),
-    ('POST', rf'/{_ID}\.git/info/lfs/objects/batch', 'batch'),
-    ('PUT', r'/lfs/(?P<oid>\w+)', 'upload'),
     ('HEAD', f'/{_ID}/resolve/{_REV}/(?P<path>.+)', 'ask'),
     ('GET', f'/{_ID}/resolve/{_REV}/(?P<path>.+)', 'read'),
 )

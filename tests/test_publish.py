@@ -109,7 +109,7 @@ def test_without_the_right_to_write_nothing_changes(hub, publish, monkeypatch, t
     'kind, step, flags, words',
     [
         ('500', 'create', [], 'nothing was sent'),
-        ('drop', 'upload', [], 'all of it arrived or nothing'),
+        ('drop', 'preupload', [], 'all of it arrived or nothing'),
         ('500', 'commit', ['--create-pr'], 'all of it arrived or nothing'),
         ('drop', 'tree', [], 'could not be compared'),
         ('corrupt', 'tree', [], 'other hashes'),

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import warnings
@@ -124,6 +123,7 @@ def process(script):
 
 
 BAR = 'from tqdm import tqdm; bar = tqdm(total=2); bar.update(); '
+SIGNAL = 'try: os.kill(os.getpid(), signal.{}); time.sleep(60)\n    finally: print("cleaned up")'
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,9 @@ BAR = 'from tqdm import tqdm; bar = tqdm(total=2); bar.update(); '
         (BAR + 'raise UserError("mend it")', '{command} <&- >&- 2>&-', {}, 1, '', ''),
         ('print("\\udcff – é")', '{command}', {'PYTHONIOENCODING': 'ascii'}, 0, '\\udcff \\u2013 \\xe9\n', ''),
         ('print("\\udcff –")', '{command}', {'PYTHONIOENCODING': 'utf-8'}, 0, '\\udcff –\n', ''),
+        ('print("all")', '{command} > /dev/full', {}, 1, '', 'error: the output cannot be written: [Errno 28]'),
+        (SIGNAL.format('SIGTERM'), '{command}', {}, 143, 'cleaned up\n', ''),
+        (SIGNAL.format('SIGHUP'), '{command}', {}, 129, 'cleaned up\n', ''),
     ],
 )
 def test_whatever_happens_ends_in_a_line_and_an_exit_code(body, line, env, code, out, err, process):
@@ -149,19 +152,6 @@ def test_whatever_happens_ends_in_a_line_and_an_exit_code(body, line, env, code,
     assert (result.returncode, result.stdout) == (code, out)
     assert result.stderr == err if not err else err in result.stderr
     assert ('Traceback' in result.stderr) == (err.endswith(('unforeseen\n', 'connection\n')))
-
-
-def test_full_disk_under_the_output_is_told(process):
-    result = process('print("all")', '{command} > /dev/full')
-    assert result.returncode == 1 and result.stderr.count('\n') == 1
-    assert result.stderr.startswith('regnet-reg: error: the output cannot be written: [Errno 28]')
-
-
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP'])
-def test_signal_lets_the_command_clean_up(name, process):
-    body = f'try: os.kill(os.getpid(), signal.{name}); time.sleep(60)\n    finally: print("cleaned up")'
-    result = process(body)
-    assert (result.returncode, result.stdout) == (128 + getattr(signal, name), 'cleaned up\n')
 
 
 def test_hangup_is_ignored_under_nohup(process):
