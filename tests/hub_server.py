@@ -16,7 +16,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Dict, Optional
+from typing import Dict
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -41,10 +41,6 @@ class Repo:
         self.refs[ref] = oid
         return oid
 
-    def resolve(self, revision: str) -> Optional[str]:
-        revision = unquote(revision)
-        return self.refs.get(revision) or (revision if revision in self.commits else None)
-
 
 class HubServer:
     """The server, started on a free port of the loopback interface."""
@@ -67,8 +63,7 @@ class HubServer:
         return self.repos[repo_id].refs['main']
 
     def files(self, repo_id: str, revision: str = 'main') -> Dict[str, bytes]:
-        repo = self.repos[repo_id]
-        return repo.commits[repo.resolve(revision)]
+        return self.repos[repo_id].commits[self.repos[repo_id].refs[revision]]
 
     def snapshot(self) -> dict:
         """All that a visitor sees: each repository's branches and pull requests, and their files."""
@@ -78,18 +73,21 @@ class HubServer:
         """Makes a step fail, until it is taken out of `faults`.
 
         Args:
-            kind: 'drop' closes the connection half way through a body, '500' answers so, 'corrupt' tells other hashes.
+            kind: 'drop' closes the connection amid a request, '500' answers so, 'corrupt' tells other hashes.
             step: One of those in _ROUTES, or 'answer', a commit that is done but whose answer never arrives.
         """
-        assert step == 'answer' or step in [step for _, _, step in _ROUTES]
+        assert step == 'answer' or step in [step for _, step in _ROUTES]
         self.faults[step] = kind
 
-    def env(self, cache, token: str = '', **extra: str) -> dict:
+    def env(self, cache) -> dict:
         """The environment of a subprocess whose huggingface_hub talks to this server, with its own cache folder."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
-        env.update(HF_ENDPOINT=self.endpoint, HF_HOME=str(cache), HF_HUB_CACHE=os.path.join(cache, 'hub'), **extra)
-        env.update(HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1', HF_TOKEN=token)
-        return env
+        env.update(HF_ENDPOINT=self.endpoint, HF_HOME=str(cache), HF_HUB_CACHE=os.path.join(cache, 'hub'))
+        return {**env, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1'}
+
+
+class Refused(Exception):
+    """An error for an answer: status, the Hub's code, words, and what else it says."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -100,156 +98,121 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    # Answers
-
-    def answer(self, status: int, body=b'', headers: Optional[dict] = None, half: bool = False) -> None:
-        """`half`: only half of the body goes out, under the headers of the whole."""
-        if not isinstance(body, bytes):
-            body = json.dumps(body).encode()
-            headers = {'Content-Type': 'application/json', **(headers or {})}
+    def answer(self, status: int, body: bytes, headers: dict) -> None:
         self.send_response(status)
-        for key, value in {'Content-Length': str(len(body)), **(headers or {})}.items():
+        for key, value in {'Content-Length': str(len(body)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != 'HEAD':
-            self.wfile.write(body[: len(body) // 2] if half else body)
-
-    def error(self, status: int, code: str = '', message: str = '') -> None:
-        self.answer(status, {'error': message}, {'X-Error-Code': code, 'X-Error-Message': message})
-
-    def drop(self) -> None:
-        self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
-
-    # Requests
+            self.wfile.write(body)
 
     def handle_request(self) -> None:
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.hub.requests.append(f'{self.command} {self.path}')
-        length = int(self.headers.get('Content-Length', 0))
-        for method, pattern, step in _ROUTES:
-            match = self.command == method and re.fullmatch(pattern, url.path)
-            if not match:
-                continue
-            self.fault = self.hub.faults.get(step)
-            if self.fault == 'drop' and step != 'read':
-                self.rfile.read(length // 2)
-                return self.drop()
-            self.data = self.rfile.read(length)
+        routes = ((step, re.fullmatch(pattern, f'{self.command} {url.path}')) for pattern, step in _ROUTES)
+        step, match = next(route for route in routes if route[1])
+        self.fault, length = self.hub.faults.get(step), int(self.headers.get('Content-Length', 0))
+        self.data = self.rfile.read(length // 2 if self.fault == 'drop' else length)
+        try:
             if self.fault == '500':
-                return self.error(500, message='Internal Server Error')
-            return getattr(self, step)(**match.groupdict())
-        self.rfile.read(length)
-        self.error(404, message=f'no such endpoint: {self.command} {url.path}')
+                raise Refused(500, '', 'Internal Server Error')
+            told = getattr(self, step)(**match.groupdict()) if self.fault != 'drop' else None
+            if told is None or (step == 'commit' and 'answer' in self.hub.faults):
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            body, headers = (json.dumps(told).encode(), {}) if isinstance(told, (dict, list)) else told
+            self.answer(200, body, {'Content-Type': 'application/json', **headers})
+        except Refused as error:
+            status, code, words, *more = error.args
+            headers = {'X-Error-Code': code, 'X-Error-Message': words, 'Content-Type': 'application/json'}
+            self.answer(status, json.dumps(dict(*more, error=words)).encode(), headers)
 
     do_GET = do_HEAD = do_POST = handle_request
 
-    def writable(self) -> Optional[list]:
-        return TOKENS.get(self.headers.get('Authorization', '').removeprefix('Bearer '))
+    # What is asked for: its answer as JSON, or as bytes with headers
 
-    def find(self, repo_id: str, revision: str, write: bool = False) -> tuple:
-        """The repository and the commit, or a pair of None after an error was answered."""
-        repo, writable = self.hub.repos.get(repo_id), self.writable()
-        oid = repo and repo.resolve(revision)
-        if repo is None:
-            self.error(401 if writable is None else 404, 'RepoNotFound', 'Repository not found')
-        elif write and writable is None:
-            self.error(401, '', 'Invalid username or password.')
-        elif write and repo_id.split('/')[0] not in writable and 'create_pr' not in self.query:
-            self.error(403, '', 'Forbidden: you must use a token with write access to this repository')
-        elif oid is None:
-            self.error(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
-        else:
-            return repo, oid
-        return None, None
+    def check_writable(self, owner: str) -> None:
+        writable = TOKENS.get(self.headers.get('Authorization', '').removeprefix('Bearer '))
+        if writable is None:
+            raise Refused(401, '', 'Invalid username or password.')
+        if owner not in writable and 'create_pr' not in self.query:
+            raise Refused(403, '', 'Forbidden: you must use a token with write access to this repository')
 
-    def create(self) -> None:
+    def find(self, repo_id: str, revision: str) -> tuple:
+        if repo_id not in self.hub.repos:
+            raise Refused(404 if 'Authorization' in self.headers else 401, 'RepoNotFound', 'Repository not found')
+        repo, revision = self.hub.repos[repo_id], unquote(revision)
+        oid = repo.refs.get(revision, revision)
+        if oid not in repo.commits:
+            raise Refused(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
+        return repo, oid
+
+    def create(self) -> dict:
         asked = json.loads(self.data)
-        owner, repo_id = asked['organization'], f'{asked["organization"]}/{asked["name"]}'
-        if self.writable() is None:
-            return self.error(401, '', 'Invalid username or password.')
-        if owner not in self.writable():
-            return self.error(403, '', f"You don't have the rights to create a model under {owner}")
+        self.check_writable(asked['organization'])
+        repo_id = f'{asked["organization"]}/{asked["name"]}'
         url = {'url': f'{self.hub.endpoint}/{repo_id}'}
         if repo_id in self.hub.repos:
-            return self.answer(409, {'error': 'You already created this model repo', **url})
-        private = asked.get('visibility') == 'private' or bool(asked.get('private'))
-        self.hub.repos[repo_id] = Repo(private, {'.gitattributes': b''})
-        self.answer(200, url)
+            raise Refused(409, '', 'You already created this model repo', url)
+        self.hub.repos[repo_id] = Repo(asked.get('visibility') == 'private' or bool(asked.get('private')), {})
+        return url
 
-    def validate_yaml(self) -> None:
-        self.answer(200, {'errors': [], 'warnings': []})
+    def validate_yaml(self) -> dict:
+        return {'errors': [], 'warnings': []}
 
-    def info(self, repo_id: str, revision: str = 'main') -> None:
+    def info(self, repo_id: str, revision: str = 'main') -> dict:
         repo, oid = self.find(repo_id, revision)
-        if oid:
-            siblings = [{'rfilename': path} for path in repo.commits[oid]]
-            self.answer(200, {'id': repo_id, 'sha': oid, 'private': repo.private, 'siblings': siblings, 'tags': []})
+        siblings = [{'rfilename': path} for path in repo.commits[oid]]
+        return {'id': repo_id, 'sha': oid, 'private': repo.private, 'siblings': siblings, 'tags': []}
 
-    def tree(self, repo_id: str, revision: str) -> None:
+    def tree(self, repo_id: str, revision: str) -> list:
         repo, oid = self.find(repo_id, revision)
-        if oid:
-            wrong = b'!' if self.fault == 'corrupt' else b''
-            files = repo.commits[oid].items()
-            told = [{'path': path, 'size': len(data), 'oid': git_name(data + wrong)} for path, data in files]
-            self.answer(200, [{'type': 'file', **file} for file in told])
+        wrong = b'!' if self.fault == 'corrupt' else b''
+        files = {path: (len(data), git_name(data + wrong)) for path, data in repo.commits[oid].items()}
+        return [{'type': 'file', 'path': path, 'size': size, 'oid': oid} for path, (size, oid) in files.items()]
 
-    def preupload(self, repo_id: str, revision: str) -> None:
-        repo, oid = self.find(repo_id, revision, write=True)
-        if oid:
-            files, answers = repo.commits[oid], []
-            for path in (file['path'] for file in json.loads(self.data)['files']):
-                known = git_name(files[path]) if path in files else None
-                answers.append({'path': path, 'uploadMode': 'regular', 'shouldIgnore': False, 'oid': known})
-            self.answer(200, {'files': answers})
+    def preupload(self, repo_id: str, revision: str) -> dict:
+        repo, oid = self.find(repo_id, revision)
+        self.check_writable(repo_id.split('/')[0])
+        known = {path: git_name(data) for path, data in repo.commits[oid].items()}
+        paths = [file['path'] for file in json.loads(self.data)['files']]
+        told = {'uploadMode': 'regular', 'shouldIgnore': False}
+        return {'files': [{'path': path, 'oid': known.get(path), **told} for path in paths]}
 
-    def commit(self, repo_id: str, revision: str) -> None:
-        repo, oid = self.find(repo_id, revision, write=True)
-        if oid is None:
-            return
-        files = dict(repo.commits[oid])
-        _, *operations = [json.loads(line) for line in self.data.splitlines()]
-        for value in (operation['value'] for operation in operations):
-            files[value['path']] = base64.b64decode(value['content'])
+    def commit(self, repo_id: str, revision: str) -> dict:
+        repo, oid = self.find(repo_id, revision)
+        self.check_writable(repo_id.split('/')[0])
+        _, *operations = [json.loads(line)['value'] for line in self.data.splitlines()]
+        sent = {value['path']: base64.b64decode(value['content']) for value in operations}
         number = len(repo.refs)  # main is no pull request
-        create_pr = 'create_pr' in self.query
-        oid = repo.commit(f'refs/pr/{number}' if create_pr else unquote(revision), files)
+        ref = f'refs/pr/{number}' if 'create_pr' in self.query else unquote(revision)
+        oid = repo.commit(ref, {**repo.commits[oid], **sent})
         url = f'{self.hub.endpoint}/{repo_id}'
-        answer = {'commitUrl': f'{url}/commit/{oid}', 'commitOid': oid}
-        if create_pr:
-            answer['pullRequestUrl'] = f'{url}/discussions/{number}'
-        if 'answer' in self.hub.faults:
-            return self.drop()
-        self.answer(200, answer)
+        told = {'pullRequestUrl': f'{url}/discussions/{number}'} if 'create_pr' in self.query else {}
+        return {'commitUrl': f'{url}/commit/{oid}', 'commitOid': oid, **told}
 
-    def read(self, repo_id: str, revision: str, path: str) -> None:
+    def read(self, repo_id: str, revision: str, path: str) -> tuple:
         repo, oid = self.find(repo_id, revision)
-        if oid is None:
-            return
-        path = unquote(path)
-        data, headers = repo.commits[oid].get(path), {'X-Repo-Commit': oid}
-        if data is None:
-            return self.answer(404, b'', {**headers, 'X-Error-Code': 'EntryNotFound'})
-        headers.update({'ETag': f'"{git_name(data)}"', 'Accept-Ranges': 'bytes'})
-        self.answer(200, data, headers, half=self.fault == 'drop')
-        if self.fault == 'drop':
-            self.drop()
+        if unquote(path) not in repo.commits[oid]:
+            raise Refused(404, 'EntryNotFound', 'Entry not found')
+        data = repo.commits[oid][unquote(path)]
+        return data, {'X-Repo-Commit': oid, 'ETag': f'"{git_name(data)}"', 'Accept-Ranges': 'bytes'}
 
     ask = read
 
 
 _ID, _REV = r'(?P<repo_id>[^/]+/[^/]+)', r'(?P<revision>[^/]+)'
 _ROUTES = (
-    ('POST', '/api/repos/create', 'create'),
-    ('POST', '/api/validate-yaml', 'validate_yaml'),
-    ('POST', f'/api/models/{_ID}/preupload/{_REV}', 'preupload'),
-    ('POST', f'/api/models/{_ID}/commit/{_REV}', 'commit'),
-    ('GET', f'/api/models/{_ID}/tree/{_REV}', 'tree'),
-    ('GET', f'/api/models/{_ID}', 'info'),
-    ('GET', f'/api/models/{_ID}/revision/{_REV}', 'info'),
-    ('HEAD', f'/{_ID}/resolve/{_REV}/(?P<path>.+)', 'ask'),
-    ('GET', f'/{_ID}/resolve/{_REV}/(?P<path>.+)', 'read'),
+    ('POST /api/repos/create', 'create'),
+    ('POST /api/validate-yaml', 'validate_yaml'),
+    (f'POST /api/models/{_ID}/preupload/{_REV}', 'preupload'),
+    (f'POST /api/models/{_ID}/commit/{_REV}', 'commit'),
+    (f'GET /api/models/{_ID}/tree/{_REV}', 'tree'),
+    (f'GET /api/models/{_ID}', 'info'),
+    (f'GET /api/models/{_ID}/revision/{_REV}', 'info'),
+    (f'HEAD /{_ID}/resolve/{_REV}/(?P<path>.+)', 'ask'),
+    (f'GET /{_ID}/resolve/{_REV}/(?P<path>.+)', 'read'),
 )
 
 

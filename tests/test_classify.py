@@ -13,7 +13,7 @@ from PIL import Image
 
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.weights.inference import class_labels, load_model, predict
+from timm_regnet_reg.weights.inference import class_labels, load_model
 from timm_regnet_reg.weights.scoring import read_image
 
 
@@ -120,13 +120,6 @@ def test_sixteen_bits_of_grey_are_scaled_to_eight(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / 'deep.png')
     assert (np.asarray(read_image(tmp_path / 'deep.png')) == grey[..., None]).all()
-
-
-def test_network_of_one_channel_sees_the_image_in_grey(photo):
-    overlay = dict(input_size=(1, 32, 32), mean=(0.5,), std=(0.2,))
-    model = timm.create_model(MODEL, in_chans=1, pretrained_cfg_overlay=overlay).eval()
-    image = read_image(str(photo))
-    assert [*predict(model, [image])] == [*predict(model, [image.convert('L')])]
 
 
 def test_photo_is_turned_as_the_camera_was(photo, tmp_path):

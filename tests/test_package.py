@@ -177,7 +177,6 @@ def no_scoring(monkeypatch):
     [
         ({'model': 'resnet_of_mine'}, 'does not fit --model resnet_of_mine'),
         ({'tag': '../up'}, 'expected letters, digits'),
-        ({'tag': 'x' * 240}, '64 at most'),
         ({'recipe': 'absent.yaml'}, 'cannot be read as a recipe'),
         ({'recipe': os.devnull}, 'cannot be read as a recipe'),
         ({'license': ' '}, '--license'),
@@ -246,18 +245,14 @@ def test_auxiliary_norms_are_left_out(trained, package, tmp_path):
 # Where a run started
 
 
-@pytest.fixture
-def started(package):
-    """Packages a run of a network, as if train.py had been given `source` for --model. Returns exit code and stderr."""
+def run_of(source, network, **changed):
+    """Makes a checkpoint that of a run of a network, as if train.py had been given `source` for --model."""
 
-    def run(source, network, model=MODEL, **changed):
-        def change(checkpoint):
-            vars(checkpoint['args']).update({'model': source, **changed})
-            checkpoint['state_dict'] = network.state_dict()
+    def change(checkpoint):
+        vars(checkpoint['args']).update({'model': source, **changed})
+        checkpoint['state_dict'] = network.state_dict()
 
-        return package(change=change, model=model)
-
-    return run
+    return change
 
 
 def assert_packaged(tmp_path, network, model=MODEL, **arguments):
@@ -276,11 +271,11 @@ def assert_packaged(tmp_path, network, model=MODEL, **arguments):
         ('regnet_reg', {'backbone': 'cifar_resnet20', 'cell': 'convgru', 'regulated_stages': [2]}),
     ],
 )
-def test_arguments_of_the_network_are_kept(started, tmp_path, model, arguments):
+def test_arguments_of_the_network_are_kept(package, tmp_path, model, arguments):
     """As `train.py --model … --model-kwargs …` gives them."""
     network = timm.create_model(model, num_classes=3, **arguments).eval()
     given = {**arguments, 'cache_dir': '/home/me/my-network'}
-    assert started(model, network, model=model, model_kwargs=given, input_size=[3, 32, 32])[0] == 0
+    assert package(change=run_of(model, network, model_kwargs=given, input_size=[3, 32, 32]), model=model)[0] == 0
     assert_packaged(tmp_path, network, model, **arguments)
 
 
@@ -288,7 +283,7 @@ def test_arguments_of_the_network_are_kept(started, tmp_path, model, arguments):
     'source', ['local-dir:{here}/my-network', 'local-dir:my-network/', 'hf_hub:owner/my-network@{commit}']
 )
 @pytest.mark.parametrize('model', ['regnet_reg', MODEL])
-def test_run_that_started_from_a_folder_or_repository(started, tmp_path, hub, monkeypatch, source, model):
+def test_run_that_started_from_a_folder_or_repository(package, tmp_path, hub, monkeypatch, source, model):
     """README's `my-network` and OWNER/NAME, which aren't called like the architecture, with arguments of their own."""
     monkeypatch.chdir(tmp_path)
     if model == MODEL:
@@ -300,34 +295,33 @@ def test_run_that_started_from_a_folder_or_repository(started, tmp_path, hub, mo
     hub.repos['owner/my-network'].commit('main', {})
     source = source.format(here=tmp_path, commit=commit)
     tuned = timm.create_model(source, num_classes=3).eval()
-    assert started(source, tuned, model=model)[0] == 0
+    assert package(change=run_of(source, tuned), model=model)[0] == 0
     assert_packaged(tmp_path, tuned, model=model, regulated_stages=[1])
-    code, err = started(source, tuned, model='cifar_resnet20')
+    code, err = package(change=run_of(source, tuned), model='cifar_resnet20')
     assert code == 1 and f'is a checkpoint of {model}; give one of cifar_resnet20' in err
 
 
-def test_options_of_the_run_count_for_more_than_its_sources(started, tmp_path):
+def test_options_of_the_run_count_for_more_than_its_sources(package, tmp_path):
     save_for_hf(timm.create_model(MODEL, regulated_stages=[1], shortcut='pad'), tmp_path / 'my-network')
     source = f'local-dir:{tmp_path}/my-network'
     tuned = timm.create_model(source, num_classes=3, regulated_stages=[2, 3]).eval()
-    assert started(source, tuned, model_kwargs={'regulated_stages': [2, 3]})[0] == 0
+    assert package(change=run_of(source, tuned, model_kwargs={'regulated_stages': [2, 3]}))[0] == 0
     assert_packaged(tmp_path, tuned, regulated_stages=[2, 3], shortcut='pad')
 
 
-@pytest.mark.parametrize('tag', ['', '.cifar10'])
-def test_run_that_started_from_packaged_weights(started, tmp_path, tag):
-    tuned = timm.create_model(f'{MODEL}{tag}', num_classes=3).eval()
-    assert started(f'{MODEL}{tag}', tuned, pretrained=True)[0] == 0
+def test_run_that_started_from_packaged_weights(package, tmp_path):
+    tuned = timm.create_model(f'{MODEL}.cifar10', num_classes=3).eval()
+    assert package(change=run_of(f'{MODEL}.cifar10', tuned, pretrained=True))[0] == 0
     assert_packaged(tmp_path, tuned)
 
 
 @pytest.mark.parametrize('source', ['local-dir:/no/such/my-network', 'hf-hub:owner/my-network', f'{MODEL}.no_more'])
 @pytest.mark.parametrize('stages', [[1], [1, 2, 3]])
-def test_where_the_source_is_gone_the_weights_decide(started, tmp_path, hub, source, stages):
+def test_where_the_source_is_gone_the_weights_decide(package, tmp_path, hub, source, stages):
     tuned = timm.create_model(MODEL, num_classes=3, regulated_stages=stages).eval()
-    assert started(source, tuned)[0] == 0
+    assert package(change=run_of(source, tuned))[0] == 0
     assert_packaged(tmp_path, tuned, regulated_stages=stages)
-    code, err = started(source, tuned, model='regnet_reg_resnet20_convgru')
+    code, err = package(change=run_of(source, tuned), model='regnet_reg_resnet20_convgru')
     assert code == 1 and 'does not fit --model regnet_reg_resnet20_convgru' in err
 
 
@@ -377,13 +371,9 @@ def rehash(folder, data):
 # what `load_model` refuses besides, test_classify.py shows
 SPOILED = {
     'truncated': (lambda f: os.truncate(f / 'model.safetensors', 1000), 'SHA-256'),
-    'truncated_and_rehashed': (lambda f: rehash(f, (f / 'model.safetensors').read_bytes()[:-9]), 'could not be loaded'),
-    'no_hash': (lambda f: edit_config(f, sha256=None), 'its SHA-256 is not None'),
     'wrong_architecture': (lambda f: edit_config(f, architecture='cifar_resnet20'), 'unexpected'),
     'bad_arguments': (lambda f: edit_config(f, model_args={'layers_of_cake': 3}), 'layers_of_cake'),
-    'labels': (lambda f: edit_config(f, label_names=['ant']), "label_names ['ant']"),
     'broken_config': (lambda f: (f / 'config.json').write_text('{'), 'not a config that `package` wrote'),
-    'list': (lambda f: (f / 'config.json').write_text('[]'), 'not a config that `package` wrote'),
     'pickle': (lambda f: (f / 'pytorch_model.bin').write_bytes(pickle.dumps(Bomb())), 'added: pytorch_model.bin'),
     'pickle_in_place': (lambda f: rehash(f, pickle.dumps(Bomb())), 'could not be loaded'),
     'no_folder': (shutil.rmtree, 'no such folder'),

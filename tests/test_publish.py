@@ -34,12 +34,6 @@ def test_published_model_loads_from_the_hub(trained, packaged, hub, publish):
     assert torch.equal(loaded(images), trained.model(images))
 
 
-def test_publishing_without_network_says_so(hub, publish):
-    hub.close()
-    code, _, err = publish()
-    assert code == 1 and 'nothing was sent' in err and 'Check the connection' in err
-
-
 def test_all_files_arrive_in_one_commit_beside_what_was_there(packaged, hub, publish):
     head = hub.add_repo('owner/tiny', OTHER)
     repo = hub.repos['owner/tiny']
@@ -120,7 +114,7 @@ def test_a_fault_leaves_all_or_nothing_and_says_what_to_do(packaged, hub, publis
     head = hub.add_repo('owner/tiny', OTHER)
     hub.fault(kind, step)
     code, _, err = publish(*flags)
-    assert code == 1 and words in err and 'run the same command again' in err
+    assert code == 1 and all(text in err for text in (words, 'Check the connection', 'run the same command again'))
     arrived = step in ('tree', 'answer')
     assert hub.files('owner/tiny') == ({**OTHER, **sent(packaged)} if arrived else OTHER)
     hub.faults.clear()

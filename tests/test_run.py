@@ -216,33 +216,24 @@ def test_errors_that_the_command_line_knows_are_still_the_scripts(error, in_proc
         in_process('run', path)
 
 
-def test_script_sees_the_models_starts_workers_and_exits_with_its_code(script):
+WORKING = """\
+import multiprocessing, os, sys
+def work(x):
+    return 2 * x
+if __name__ == '__main__':
+    import timm
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        told = (os.environ['RANK'], timm.is_model('cifar_resnet20'), pool.apply(work, (21,)), *sys.argv[1:])
+    sys.stdout.write(f'{told}\\n')  # at once, as the processes share their output
+"""
+
+
+def test_script_sees_the_models_and_starts_workers_in_every_process_of_torchrun(script):
     """A worker that starts afresh (as data loaders do where there's no fork) looks its function up in the script."""
-    path = script(
-        'import multiprocessing\n'
-        'def work(x):\n'
-        '    return 2 * x\n'
-        'if __name__ == "__main__":\n'
-        '    import timm\n'
-        '    print(timm.is_model("regnet_reg_resnet20_convlstm"))\n'
-        '    with multiprocessing.get_context("spawn").Pool(1) as pool:\n'
-        '        print(pool.apply(work, (21,)))\n'
-        '    raise SystemExit(3)\n',
-    )
-    result = regnet_reg('run', path)
-    assert (result.returncode, result.stdout.split()) == (3, ['True', '42']), result.stderr
-
-
-def test_torchrun_runs_the_script_in_every_process(script):
-    path = script(  # written at once, as the processes share their output
-        'import os, sys, timm\n'
-        "sys.stdout.write(f\"{os.environ['RANK']} {timm.is_model('cifar_resnet20')} {sys.argv[1:]}\\n\")\n"
-    )
     launch = '-m torch.distributed.run --standalone --nproc_per_node=2 -m timm_regnet_reg run'
-    result = python(*launch.split(), path, '--config', 'x')
+    result = python(*launch.split(), script(WORKING), '--config', 'x')
     assert result.returncode == 0, result.stderr
-    lines = sorted(result.stdout.splitlines())
-    assert lines == [f"{rank} True ['--config', 'x']" for rank in range(2)]
+    assert sorted(result.stdout.splitlines()) == [f"('{rank}', True, 42, '--config', 'x')" for rank in range(2)]
 
 
 def test_timms_validate_runs_with_our_models(train_script, packaged, image_folder):  # noqa: F811
