@@ -111,9 +111,7 @@ def main(args: argparse.Namespace) -> None:
     print(f'\n4/5  Save it: {folder}')
     details = {
         'Started from': f'{DEFAULT_MODEL}.{cfg["tag"]}',
-        'Recipe': f'quickstart, AdamW with learning rate {LEARNING_RATE}, cosine schedule',
-        'Epochs': EPOCHS,
-        'Seed': SEED,
+        'Recipe': f'quickstart, {EPOCHS} epochs of AdamW with learning rate {LEARNING_RATE}, cosine schedule',
         'Images trained on': f'{len(train_set):,}',
     }
     data = f"{after.images} held-out images of scikit-learn's handwritten digits"

@@ -9,12 +9,9 @@ of timm's repository:
 The script gets its arguments, --help among them, as it would from python, and its exit code and traceback are passed
 on. (train.py can do without: --device-modules timm_regnet_reg registers the models, as the recipes do.)
 
-The models are registered in the process of the script and in its forks. A script that starts new Python programs, as
-bulk_runner.py does (the others don't), has to start those with run, too:
-
-    regnet-reg run bulk_runner.py --model-list 'regnet_reg_*' -m on timm_regnet_reg run benchmark.py ...
-
-timm is the one that this package was imported with, also where the script lies beside a timm folder of its own.
+A script that starts new Python programs, as bulk_runner.py does (the others don't), has to start those with run, too:
+`-m on timm_regnet_reg run benchmark.py`. timm is the one that this package was imported with, also where the script
+lies beside a timm folder of its own.
 """
 
 import argparse

@@ -27,8 +27,7 @@ PROVENANCE = ('label_names', 'label_descriptions', 'description', 'notes', 'orig
 
 def file_sha256(path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, 'rb') as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class Folder(NamedTuple):

@@ -24,15 +24,9 @@ def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
     except Exception as error:  # timm, the Hub's client and the file formats each raise errors of their own
         expected = 'a model of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER'
         raise UserError(f'{name}: could not be loaded: {reason(error)}\nExpected {expected}.') from error
-    _check_classes(model, name)
-    try_image(model, resolve_data_config(model=model), name)
-    return model.to(torch_device)
-
-
-def _check_classes(model: torch.nn.Module, source: str) -> None:
-    """Raises a UserError unless network, config and labels agree: timm would leave the classifier at random."""
     if not getattr(model, 'num_classes', 0):
-        raise UserError(f'{source}: has no classifier; choose a model that was trained to classify')
+        raise UserError(f'{name}: has no classifier; choose a model that was trained to classify')
+    # network, config and labels must agree: where they don't, timm leaves the classifier at random
     count, said, names = model.num_classes, model.pretrained_cfg['num_classes'], model.pretrained_cfg.get('label_names')
     try:
         agree = count == said == len(class_labels(model)) and not isinstance(names, dict)
@@ -40,9 +34,11 @@ def _check_classes(model: torch.nn.Module, source: str) -> None:
         agree = False
     if not agree:
         raise UserError(
-            f'{source}: its network tells {count} classes apart, but its config has num_classes {said} and label_names '
+            f'{name}: its network tells {count} classes apart, but its config has num_classes {said} and label_names '
             f'{names!r:.80}, or label_descriptions of others: its answers would be wrong; correct config.json'
         )
+    try_image(model, resolve_data_config(model=model), name)
+    return model.to(torch_device)
 
 
 def class_labels(model: torch.nn.Module) -> List[str]:
