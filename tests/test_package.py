@@ -290,7 +290,8 @@ def test_run_that_started_from_a_folder_or_repository(package, tmp_path, hub, mo
         network = timm.create_model(MODEL, regulated_stages=[1])
     else:
         network = timm_regnet_reg.regulate(timm.create_model('cifar_resnet20'), cell='convgru', stages=[1])
-    save_for_hf(network, 'my-network', safe_serialization=True)
+    told = {'pretrained_cfg': {'description': 'of my-network, and not of what comes of it'}}
+    save_for_hf(network, 'my-network', model_config=told, safe_serialization=True)
     commit = hub.add_repo('owner/my-network', contents(tmp_path / 'my-network'))
     hub.repos['owner/my-network'].commit('main', {})
     source = source.format(here=tmp_path, commit=commit)
