@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     paths = find_images(args.images)
     model = load_model(args.model, args.device)
-    progress = tqdm(paths, desc='classifying', unit='image', leave=False, disable=None)  # on a terminal only
-    with progress:  # closed, so that an error starts on a line of its own
+    # on a terminal only, and closed, so that an error starts on a line of its own
+    with tqdm(paths, desc='classifying', unit='image', leave=False, disable=None) as progress:
         results = list(zip(paths, predict(model, map(read_image, progress), args.topk)))
     if args.json:
         images = [{'image': path, 'predictions': predictions} for path, predictions in results]
