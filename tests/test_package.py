@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -24,9 +25,15 @@ from timm_regnet_reg.weights.folder import FILES, check_folder, file_sha256
 
 @pytest.fixture
 def package(trained, image_folder, tmp_path, capsys):
-    """Runs the command; keywords replace arguments. Returns exit code and stderr."""
+    """Runs the command, if need be after `change(checkpoint)`; keywords replace arguments. Gives exit code, stderr."""
 
-    def run(checkpoint=trained.checkpoint, *flags, **changed):
+    def run(*flags, change=None, checkpoint=trained.checkpoint, **changed):
+        if change:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(checkpoint, weights_only=True)
+            change(content)
+            checkpoint = tmp_path / 'run.pth.tar'
+            torch.save(content, checkpoint)
         command = package_command(trained, image_folder, **{'output': tmp_path / 'out', **changed})
         try:
             code = main([*command, str(checkpoint), *flags])
@@ -37,24 +44,23 @@ def package(trained, image_folder, tmp_path, capsys):
     return run
 
 
-def changed_checkpoint(trained, path, change):
-    """A copy of the checkpoint after `change(dict)`."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(trained.checkpoint, weights_only=True)
-    change(checkpoint)
-    torch.save(checkpoint, path)
-    return path
+def set_args(**changed):
+    return lambda checkpoint: vars(checkpoint['args']).update(changed)
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def assert_same_outputs(folder, network, channels=3):
+    images = torch.randn(2, channels, 32, 32)
+    assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(images), network(images))
+
+
 def test_folder_loads_with_timm_alone_and_gives_the_trained_outputs(trained, packaged):
-    images = torch.randn(2, 3, 32, 32)
-    loaded = timm.create_model(f'local-dir:{packaged}', pretrained=True).eval()
+    assert_same_outputs(packaged, trained.model)
+    loaded = timm.create_model(f'local-dir:{packaged}', pretrained=True)
     assert {path.name for path in packaged.iterdir()} == {*FILES}
-    assert torch.equal(loaded(images), trained.model(images))
     assert loaded.pretrained_cfg['label_names'] == list(CLASSES)
     assert loaded.pretrained_cfg['tag'] == 'tiny' and loaded.pretrained_cfg['license'] == 'apache-2.0'
     expected = timm.create_model(MODEL).pretrained_cfg
@@ -62,10 +68,7 @@ def test_folder_loads_with_timm_alone_and_gives_the_trained_outputs(trained, pac
         recorded = loaded.pretrained_cfg[key]
         assert (tuple(recorded) if isinstance(recorded, list) else recorded) == expected[key]
     assert json.loads((packaged / 'config.json').read_text())['sha256'] == file_sha256(packaged / 'model.safetensors')
-
-
-def test_all_files_can_be_read_by_others(packaged):
-    assert len({path.stat().st_mode for path in packaged.iterdir()}) == 1
+    assert len({path.stat().st_mode for path in packaged.iterdir()}) == 1, 'others can read the weights, too'
 
 
 def test_card_says_how_well_on_what_and_how_to_reproduce(trained, packaged, image_folder):
@@ -96,17 +99,15 @@ def test_card_says_how_well_on_what_and_how_to_reproduce(trained, packaged, imag
 
 
 def test_ema_weights_on_request(trained, package, tmp_path):
-    assert package(trained.checkpoint, '--use-ema')[0] == 0
-    loaded = timm.create_model(f'local-dir:{tmp_path}/out/{MODEL}.tiny', pretrained=True).eval()
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(loaded(images), trained.ema(images))
-    assert not torch.equal(loaded(images), trained.model(images))
+    assert package('--use-ema')[0] == 0
+    assert_same_outputs(tmp_path / f'out/{MODEL}.tiny', trained.ema)
+    code, err = package('--use-ema', change=lambda c: c.pop('state_dict_ema'))
+    assert code == 1 and 'no EMA weights' in err and '--model-ema' in err
 
 
-def test_card_tells_what_the_run_changed_in_its_recipe_and_that_it_was_resumed(trained, package, tmp_path):
+def test_card_tells_what_the_run_changed_in_its_recipe_and_that_it_was_resumed(package, tmp_path):
     (tmp_path / 'recipe.yaml').write_text('epochs: 164\nopt: sgd\n')
-    path = changed_checkpoint(trained, tmp_path / 'new.pth.tar', set_args(resume='old.pth.tar'))
-    assert package(path, recipe=tmp_path / 'recipe.yaml')[0] == 0
+    assert package(change=set_args(resume='old.pth.tar'), recipe=tmp_path / 'recipe.yaml')[0] == 0
     card = (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
     assert 'recipe.yaml with epochs 3 instead of 164 |' in card
     assert '| Seed | 7 after the last resumption |' in card
@@ -124,65 +125,44 @@ class Bomb:
         return os.mkdir, ('exploded',)
 
 
-def set_args(**changed):
-    return lambda checkpoint: vars(checkpoint['args']).update(changed)
-
-
 @pytest.mark.parametrize(
     'change, words',
     [
         (set_args(model='resnet18'), ('is a checkpoint of resnet18', MODEL)),
         (lambda c: c.pop('args'), ("'args'", 'train.py')),
-        (lambda c: c.update(args=vars(c['args'])), ('not a checkpoint of train.py',)),
-        (lambda c: c.update(epoch='three'), ('not a checkpoint of train.py', 'three')),
-        (lambda c: c.update(state_dict=None), ('not a checkpoint of train.py',)),
-        (lambda c: c['state_dict'].update(bias=3), ('bias',)),
+        (lambda c: c.update(state_dict=None), ('a checkpoint of train.py',)),
         (set_args(num_classes='three'), ('does not fit',)),
         (set_args(model_kwargs={'layers_of_cake': 3}), ('does not fit', 'layers_of_cake')),
         (set_args(input_size=[3, 32]), ('does not fit', 'input_size')),
-        (set_args(interpolation='nope'), ('prepared', 'nope')),
-        (set_args(mean=['x']), ("'x'",)),
+        (set_args(interpolation='nope'), ('cannot classify', 'nope')),
         (lambda c: c['state_dict']['bn1.running_var'].fill_(-1), ('not finite',)),
         (lambda c: c['state_dict'].pop('fc.weight'), ('1 weights are missing', 'fc.weight')),
-        (lambda c: c['state_dict'].update(extra=torch.zeros(1)), ('1 weights are unexpected', 'extra')),
         (lambda c: c['state_dict'].update({'fc.bias': torch.zeros(4)}), ('size mismatch for fc.bias',)),
-        (lambda c: c['state_dict']['fc.bias'].fill_(float('nan')), ('not finite', 'fc.bias', 'diverged')),
         (lambda c: c.update(metric=Bomb()), ('could run code',)),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else '',
 )
-def test_unfit_checkpoint_is_refused(trained, package, tmp_path, monkeypatch, change, words):
+def test_unfit_checkpoint_is_refused(package, tmp_path, monkeypatch, change, words):
     monkeypatch.chdir(tmp_path)
-    path = changed_checkpoint(trained, tmp_path / 'changed.pth.tar', change)
-    code, err = package(path)
-    assert code == 1 and all(word in err for word in (str(path), *words)), err
+    code, err = package(change=change)
+    assert code == 1 and all(word in err for word in (f'{tmp_path}/run.pth.tar', *words)), err
     assert not (tmp_path / 'out').exists() and not (tmp_path / 'exploded').exists()
-
-
-def test_checkpoint_without_ema_weights_is_refused_only_if_they_are_asked_for(trained, package, tmp_path):
-    path = changed_checkpoint(trained, tmp_path / 'plain.pth.tar', lambda c: c.pop('state_dict_ema'))
-    code, err = package(path, '--use-ema')
-    assert code == 1 and 'no EMA weights' in err and '--model-ema' in err
-    assert package(path)[0] == 0
 
 
 @pytest.mark.parametrize(
     'make',
     [
         lambda path, data: None,
-        lambda path, data: path.write_bytes(b''),
         lambda path, data: path.write_bytes(data[: len(data) // 2]),
-        lambda path, data: path.write_bytes(data[:-1]),
         lambda path, data: path.write_text('hello'),
         lambda path, data: path.write_bytes(pickle.dumps({'state_dict': {}}, protocol=2)),
     ],
-    ids=['missing', 'empty', 'truncated', 'last byte', 'text', 'plain pickle'],
+    ids=['missing', 'truncated', 'text', 'plain pickle'],
 )
 def test_file_that_is_no_checkpoint_is_refused(trained, package, tmp_path, make):
     path = tmp_path / 'bad.pth.tar'
-    with open(trained.checkpoint, 'rb') as file:
-        make(path, file.read())
-    code, err = package(path)
+    make(path, Path(trained.checkpoint).read_bytes())
+    code, err = package(checkpoint=path)
     assert code == 1 and f'{path}: cannot be read as a checkpoint' in err and 'another checkpoint' in err
 
 
@@ -197,26 +177,21 @@ def no_scoring(monkeypatch):
     [
         ({'model': 'resnet_of_mine'}, 'does not fit --model resnet_of_mine'),
         ({'tag': '../up'}, 'expected letters, digits'),
-        ({'tag': 'x' * 240}, '64 at most'),
         ({'recipe': 'absent.yaml'}, 'cannot be read as a recipe'),
+        ({'recipe': os.devnull}, 'cannot be read as a recipe'),
         ({'license': ' '}, '--license'),
-        ({'data_name': ''}, '--data-name'),
-        ({'batch_size': 0}, '--batch-size'),
-        ({'workers': -1}, 'from 0 to'),
         ({'data_name': '\udcff'}, '--data-name'),
-        ({'device': 'nope'}, '--device nope: expected cpu'),
+        ({'workers': -1}, 'from 0 to'),
         ({'device': 'cuda:99'}, '--device cuda:99: expected cpu'),
-        ({'split': ''}, "--split ''"),
         ({'split': '.'}, "--split '.'"),
         ({'output': '/proc/here'}, 'cannot be written'),
-        ({'output': __file__}, 'Not a directory'),
     ],
 )
 def test_arguments_are_checked_before_the_work(package, no_scoring, tmp_path, monkeypatch, changed, words):
-    monkeypatch.chdir(tmp_path)
-    code, err = package(**changed)
-    assert code in (1, 2) and words in err.splitlines()[-1]
-    assert os.listdir(tmp_path) == []
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    code, err = package(**{'output': '.', **changed})
+    assert code in (1, 2) and words in err.splitlines()[-1] and not os.listdir()
 
 
 @pytest.mark.parametrize(
@@ -224,7 +199,7 @@ def test_arguments_are_checked_before_the_work(package, no_scoring, tmp_path, mo
     [
         (lambda d: shutil.rmtree(d / 'validation'), 'no such folder'),
         (lambda d: [path.unlink() for path in d.rglob('*.png')], 'holds no images'),
-        (lambda d: shutil.rmtree(d / 'validation' / 'bee'), 'holds 2 classes (ant, cat, …), but the model tells 3'),
+        (lambda d: shutil.rmtree(d / 'validation' / 'bee'), 'holds 2 classes (ant, cat, …), expected 3'),
         (lambda d: (d / 'validation/bee').rename(d / 'validation/eel'), 'missing: bee; added: eel'),
     ],
 )
@@ -247,57 +222,46 @@ def test_image_that_cannot_be_read_is_named(package, tmp_path, image_folder, wor
     assert not (tmp_path / 'out').exists()
 
 
-def test_one_channel_run_loads_and_classifies(trained, package, tmp_path, image_folder, capsys):
+def test_one_channel_run_loads_and_classifies(package, tmp_path, image_folder):
     model = timm.create_model(MODEL, num_classes=3, in_chans=1).eval()
 
     def change(checkpoint):
         checkpoint['args'].input_size = [1, 32, 32]
         checkpoint['state_dict'] = model.state_dict()
 
-    assert package(changed_checkpoint(trained, tmp_path / 'grey.pth.tar', change))[0] == 0
-    name = f'local-dir:{tmp_path}/out/{MODEL}.tiny'
-    loaded = timm.create_model(name, pretrained=True).eval()
-    images = torch.randn(2, 1, 32, 32)
-    assert torch.equal(loaded(images), model(images))
-    assert main(['classify', '--model', name, str(image_folder / 'validation/bee/2.png')]) == 0
+    assert package(change=change)[0] == 0
+    folder = tmp_path / f'out/{MODEL}.tiny'
+    assert_same_outputs(folder, model, channels=1)
+    assert main(['classify', '--model', f'local-dir:{folder}', str(image_folder / 'validation/bee/2.png')]) == 0
 
 
 def test_auxiliary_norms_are_left_out(trained, package, tmp_path):
     """As `train.py --split-bn` writes them; evaluation takes the main norms alone."""
     split = timm.layers.convert_splitbn_model(copy.deepcopy(trained.model), 2).eval()
-    path = changed_checkpoint(trained, tmp_path / 'split.pth.tar', lambda c: c.update(state_dict=split.state_dict()))
-    assert package(path)[0] == 0
-    folder = tmp_path / f'out/{MODEL}.tiny'
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(images), split(images))
+    assert package(change=lambda checkpoint: checkpoint.update(state_dict=split.state_dict()))[0] == 0
+    assert_same_outputs(tmp_path / f'out/{MODEL}.tiny', split)
 
 
 # Where a run started
 
 
-@pytest.fixture
-def started(trained, package, tmp_path):
-    """Packages a run of a network, as if train.py had been given `source` for --model. Returns exit code and stderr."""
+def run_of(source, network, **changed):
+    """Makes a checkpoint that of a run of a network, as if train.py had been given `source` for --model."""
 
-    def run(source, network, model=MODEL, **changed):
-        def change(checkpoint):
-            vars(checkpoint['args']).update({'model': source, **changed})
-            checkpoint['state_dict'] = network.state_dict()
+    def change(checkpoint):
+        vars(checkpoint['args']).update({'model': source, **changed})
+        checkpoint['state_dict'] = network.state_dict()
 
-        return package(changed_checkpoint(trained, tmp_path / 'run.pth.tar', change), model=model)
-
-    return run
+    return change
 
 
 def assert_packaged(tmp_path, network, model=MODEL, **arguments):
+    assert_same_outputs(tmp_path / f'out/{model}.tiny', network)
     folder = check_folder(tmp_path / f'out/{model}.tiny')
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(folder.model(images), network(images))
     assert folder.config['model_args'].items() >= arguments.items()
     options = yaml.safe_load(folder.card.text.split('```yaml')[1].split('```')[0])
     assert options['model'] == model and options.get('model_kwargs', {}).items() >= arguments.items()
-    texts = (folder.path / 'README.md').read_text() + (folder.path / 'config.json').read_text()
-    assert 'my-network' not in texts, "a place of ones own is nobody else's business"
+    assert 'my-network' not in f'{folder.card} {folder.config}', "a place of ones own is nobody else's business"
 
 
 @pytest.mark.parametrize(
@@ -307,68 +271,62 @@ def assert_packaged(tmp_path, network, model=MODEL, **arguments):
         ('regnet_reg', {'backbone': 'cifar_resnet20', 'cell': 'convgru', 'regulated_stages': [2]}),
     ],
 )
-def test_arguments_of_the_network_are_kept(started, tmp_path, model, arguments):
+def test_arguments_of_the_network_are_kept(package, tmp_path, model, arguments):
     """As `train.py --model … --model-kwargs …` gives them."""
     network = timm.create_model(model, num_classes=3, **arguments).eval()
     given = {**arguments, 'cache_dir': '/home/me/my-network'}
-    assert started(model, network, model=model, model_kwargs=given, input_size=[3, 32, 32])[0] == 0
+    assert package(change=run_of(model, network, model_kwargs=given, input_size=[3, 32, 32]), model=model)[0] == 0
     assert_packaged(tmp_path, network, model, **arguments)
 
 
 @pytest.mark.parametrize(
-    'source',
-    [
-        *('local-dir:{tmp_path}/my-network', 'local-dir:{tmp_path}/my-network/', 'local-dir:my-network'),
-        *('hf-hub:owner/my-network', 'hf_hub:owner/my-network', 'hf-hub:owner/my-network@{commit}'),
-    ],
+    'source', ['local-dir:{here}/my-network', 'local-dir:my-network/', 'hf_hub:owner/my-network@{commit}']
 )
 @pytest.mark.parametrize('model', ['regnet_reg', MODEL])
-def test_run_that_started_from_a_folder_or_repository(started, tmp_path, hub, monkeypatch, source, model):
+def test_run_that_started_from_a_folder_or_repository(package, tmp_path, hub, monkeypatch, source, model):
     """README's `my-network` and OWNER/NAME, which aren't called like the architecture, with arguments of their own."""
     monkeypatch.chdir(tmp_path)
     if model == MODEL:
         network = timm.create_model(MODEL, regulated_stages=[1])
     else:
         network = timm_regnet_reg.regulate(timm.create_model('cifar_resnet20'), cell='convgru', stages=[1])
-    save_for_hf(network, 'my-network', safe_serialization=True)
+    told = {'pretrained_cfg': {'description': 'of my-network, and not of what comes of it'}}
+    save_for_hf(network, 'my-network', model_config=told, safe_serialization=True)
     commit = hub.add_repo('owner/my-network', contents(tmp_path / 'my-network'))
-    if '@' in source:
-        hub.repos['owner/my-network'].commit('main', {})
-
-    source = source.format(tmp_path=tmp_path, commit=commit)
+    hub.repos['owner/my-network'].commit('main', {})
+    source = source.format(here=tmp_path, commit=commit)
     tuned = timm.create_model(source, num_classes=3).eval()
-    assert started(source, tuned, model=model)[0] == 0
+    assert package(change=run_of(source, tuned), model=model)[0] == 0
     assert_packaged(tmp_path, tuned, model=model, regulated_stages=[1])
-    code, err = started(source, tuned, model='cifar_resnet20')
+    code, err = package(change=run_of(source, tuned), model='cifar_resnet20')
     assert code == 1 and f'is a checkpoint of {model}; give one of cifar_resnet20' in err
 
 
-def test_options_of_the_run_count_for_more_than_its_sources(started, tmp_path):
+def test_options_of_the_run_count_for_more_than_its_sources(package, tmp_path):
     save_for_hf(timm.create_model(MODEL, regulated_stages=[1], shortcut='pad'), tmp_path / 'my-network')
     source = f'local-dir:{tmp_path}/my-network'
     tuned = timm.create_model(source, num_classes=3, regulated_stages=[2, 3]).eval()
-    assert started(source, tuned, model_kwargs={'regulated_stages': [2, 3]})[0] == 0
+    assert package(change=run_of(source, tuned, model_kwargs={'regulated_stages': [2, 3]}))[0] == 0
     assert_packaged(tmp_path, tuned, regulated_stages=[2, 3], shortcut='pad')
 
 
-@pytest.mark.parametrize('tag', ['', '.cifar10'])
-def test_run_that_started_from_packaged_weights(started, tmp_path, tag):
-    tuned = timm.create_model(f'{MODEL}{tag}', num_classes=3).eval()
-    assert started(f'{MODEL}{tag}', tuned, pretrained=True)[0] == 0
+def test_run_that_started_from_packaged_weights(package, tmp_path):
+    tuned = timm.create_model(f'{MODEL}.cifar10', num_classes=3).eval()
+    assert package(change=run_of(f'{MODEL}.cifar10', tuned, pretrained=True))[0] == 0
     assert_packaged(tmp_path, tuned)
 
 
 @pytest.mark.parametrize('source', ['local-dir:/no/such/my-network', 'hf-hub:owner/my-network', f'{MODEL}.no_more'])
 @pytest.mark.parametrize('stages', [[1], [1, 2, 3]])
-def test_where_the_source_is_gone_the_weights_decide(started, tmp_path, hub, source, stages):
+def test_where_the_source_is_gone_the_weights_decide(package, tmp_path, hub, source, stages):
     tuned = timm.create_model(MODEL, num_classes=3, regulated_stages=stages).eval()
-    assert started(source, tuned)[0] == 0
+    assert package(change=run_of(source, tuned))[0] == 0
     assert_packaged(tmp_path, tuned, regulated_stages=stages)
-    code, err = started(source, tuned, model='regnet_reg_resnet20_convgru')
+    code, err = package(change=run_of(source, tuned), model='regnet_reg_resnet20_convgru')
     assert code == 1 and 'does not fit --model regnet_reg_resnet20_convgru' in err
 
 
-def test_card_edited_by_hand_is_replaced_only_if_asked_for(trained, package, tmp_path):
+def test_card_edited_by_hand_is_replaced_only_if_asked_for(package, tmp_path):
     card = tmp_path / f'out/{MODEL}.tiny/README.md'
     assert package()[0] == 0
     written = card.read_text()
@@ -376,19 +334,17 @@ def test_card_edited_by_hand_is_replaced_only_if_asked_for(trained, package, tmp
     code, err = package()
     assert code == 1 and str(card) in err and '--overwrite' in err
     assert 'My own words.' in card.read_text()
-    assert package(trained.checkpoint, '--overwrite')[0] == 0 and card.read_text() == written
+    assert package('--overwrite')[0] == 0 and card.read_text() == written
 
 
-def test_full_disk_leaves_the_old_folder_as_it_was(package, tmp_path):
-    for existing in (False, True):
-        if existing:
-            assert package()[0] == 0
-        before = contents(tmp_path / f'out/{MODEL}.tiny') if existing else {}
+def test_full_disk_leaves_the_old_folder_as_it_was(package, packaged, tmp_path):
+    for existing in ([], [f'{MODEL}.tiny']):
         with full_disk(64):
             code, err = package(data_name='other')
         assert code == 1 and 'could not be written' in err and 'another output' in err, err
-        assert os.listdir(tmp_path / 'out') == [f'{MODEL}.tiny'] * existing
-        assert not existing or contents(tmp_path / f'out/{MODEL}.tiny') == before
+        assert os.listdir(tmp_path / 'out') == existing
+        shutil.copytree(packaged, tmp_path / f'out/{MODEL}.tiny', dirs_exist_ok=True)
+    assert contents(tmp_path / f'out/{MODEL}.tiny') == contents(packaged)
 
 
 def test_folder_with_files_of_ones_own_is_not_replaced(package, tmp_path):
@@ -396,17 +352,10 @@ def test_folder_with_files_of_ones_own_is_not_replaced(package, tmp_path):
     folder.mkdir(parents=True)
     (folder / 'thesis.tex').write_text('my only copy')
     code, err = package()
-    assert code == 1 and 'thesis.tex' in err
-    assert os.listdir(folder) == ['thesis.tex']
+    assert code == 1 and 'thesis.tex' in err and os.listdir(folder) == ['thesis.tex']
 
 
 # Checking a folder, which `publish` does before it sends anything
-
-
-def flip(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 def edit_config(folder, **changes):
@@ -420,34 +369,18 @@ def rehash(folder, data):
     edit_config(folder, sha256=file_sha256(folder / 'model.safetensors'))
 
 
-def edit_card(folder, text=None, **replaced):
-    text = text or (folder / 'README.md').read_text()
-    for old, new in replaced.items():
-        text = text.replace(f'{old}:', f'{new}:')
-    (folder / 'README.md').write_text(text)
-
-
 # what `load_model` refuses besides, test_classify.py shows
 SPOILED = {
     'truncated': (lambda f: os.truncate(f / 'model.safetensors', 1000), 'SHA-256'),
-    'truncated_and_rehashed': (lambda f: rehash(f, (f / 'model.safetensors').read_bytes()[:-9]), 'could not be loaded'),
-    'bit_flipped': (lambda f: flip(f / 'model.safetensors', -5), 'SHA-256'),
-    'no_hash': (lambda f: edit_config(f, sha256=None), 'its SHA-256 is not None'),
-    'unknown_architecture': (lambda f: edit_config(f, architecture='resnet_of_mine'), 'resnet_of_mine'),
     'wrong_architecture': (lambda f: edit_config(f, architecture='cifar_resnet20'), 'unexpected'),
-    'no_architecture': (lambda f: edit_config(f, architecture=None), 'could not be loaded'),
     'bad_arguments': (lambda f: edit_config(f, model_args={'layers_of_cake': 3}), 'layers_of_cake'),
-    'labels': (lambda f: edit_config(f, label_names=['ant']), "label_names ['ant']"),
     'broken_config': (lambda f: (f / 'config.json').write_text('{'), 'not a config that `package` wrote'),
-    'list': (lambda f: (f / 'config.json').write_text('[]'), 'not a config that `package` wrote'),
     'pickle': (lambda f: (f / 'pytorch_model.bin').write_bytes(pickle.dumps(Bomb())), 'added: pytorch_model.bin'),
     'pickle_in_place': (lambda f: rehash(f, pickle.dumps(Bomb())), 'could not be loaded'),
     'no_folder': (shutil.rmtree, 'no such folder'),
     'missing_file': (lambda f: (f / 'README.md').unlink(), 'missing: README.md'),
-    'card_without_license': (lambda f: edit_card(f, license='lic'), 'lacks a license'),
-    'card_without_score': (lambda f: edit_card(f, '---\nlicense: mit\n---\n'), 'Top-1'),
-    'card_without_metadata': (lambda f: edit_card(f, '# Hello\n'), 'license'),
-    'card_unreadable': (lambda f: edit_card(f, '---\na: [\n---\n'), 'README.md: its front matter cannot be read'),
+    'card_without_score': (lambda f: (f / 'README.md').write_text('---\nlicense: mit\n---\n'), 'no accuracy'),
+    'card_unreadable': (lambda f: (f / 'README.md').write_text('---\na: [\n---\n'), 'not the front matter'),
 }
 
 
@@ -456,7 +389,6 @@ def test_spoiled_folder_is_refused(packaged, tmp_path, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     spoil, words = SPOILED[how]
     folder = shutil.copytree(packaged, tmp_path / 'folder')
-    check_folder(folder)
     spoil(folder)
     with pytest.raises(UserError) as error:
         check_folder(folder)

@@ -1,14 +1,12 @@
 """The command line's frame, and `run`, which runs timm's own scripts.
 
-One test runs timm's real validate.py, from the folder of the script that the environment variable TIMM_TRAIN_SCRIPT
-names (see test_recipes.py), and is skipped when that isn't set.
+The test that runs timm's real validate.py needs timm's scripts; see test_recipes.py.
 """
 
 import importlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import warnings
@@ -16,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
-from PIL import Image
+from test_recipes import train_script  # noqa: F401, a fixture
 
 import timm_regnet_reg
 from timm_regnet_reg import __main__ as command_line
@@ -62,35 +59,34 @@ def in_process(monkeypatch):
 # The frame
 
 
+def exit_code(in_process, *args):
+    with pytest.raises(SystemExit) as exit:
+        in_process(*args)
+    return exit.value.code
+
+
 def test_overview_names_every_command_and_its_own_help_begins_alike(in_process, capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '200')  # argparse breaks long lines, at hyphens too
-    with pytest.raises(SystemExit) as exit:
-        in_process('help')
-    assert exit.value.code == 0
+    assert exit_code(in_process, 'help') == 0
     text = ' '.join(capsys.readouterr().out.split())
     for name in command_line.COMMANDS:
         line = importlib.import_module(f'timm_regnet_reg.commands.{name}').__doc__.partition('\n')[0]
         assert f' {name} {line}' in text
-        with pytest.raises(SystemExit) as exit:
-            in_process('help', name)
-        assert exit.value.code == 0
+        assert exit_code(in_process, 'help', name) == 0
         text_of_command = capsys.readouterr().out
-        assert text_of_command.startswith(f'usage: regnet-reg {name} ')
-        assert f'\n\n{line}\n\n' in text_of_command
+        assert text_of_command.startswith(f'usage: regnet-reg {name} ') and f'\n\n{line}\n\n' in text_of_command
 
 
 def test_version_is_that_of_the_package(in_process, capsys):
-    with pytest.raises(SystemExit) as exit:
-        in_process('--version')
-    assert (exit.value.code, capsys.readouterr().out) == (0, f'regnet-reg {timm_regnet_reg.__version__}\n')
+    assert exit_code(in_process, '--version') == 0
+    assert capsys.readouterr().out == f'regnet-reg {timm_regnet_reg.__version__}\n'
 
 
-@pytest.mark.parametrize('args', [(), ('no-such-command',), ('help', 'no-such-command'), ('run',), ('run', '--no')])
+@pytest.mark.parametrize('args', [(), ('no-such-command',), ('help', 'no-such-command'), ('run',), ('run', 'no.py')])
 def test_wrong_usage_exits_with_2(args, in_process, capsys):
-    with pytest.raises(SystemExit) as exit:
-        in_process(*args)
-    assert exit.value.code == 2
-    assert 'usage: regnet-reg' in capsys.readouterr().err
+    assert exit_code(in_process, *args) == 2
+    error = capsys.readouterr().err
+    assert 'usage: regnet-reg' in error and (args[1:] != ('no.py',) or "SCRIPT: there is no file 'no.py'" in error)
 
 
 # the frame alone, without the seconds that torch and timm take to import
@@ -127,6 +123,7 @@ def process(script):
 
 
 BAR = 'from tqdm import tqdm; bar = tqdm(total=2); bar.update(); '
+SIGNAL = 'try: os.kill(os.getpid(), signal.{}); time.sleep(60)\n    finally: print("cleaned up")'
 
 
 @pytest.mark.parametrize(
@@ -145,6 +142,10 @@ BAR = 'from tqdm import tqdm; bar = tqdm(total=2); bar.update(); '
         (BAR + 'raise UserError("mend it")', '{command} <&- >&- 2>&-', {}, 1, '', ''),
         ('print("\\udcff – é")', '{command}', {'PYTHONIOENCODING': 'ascii'}, 0, '\\udcff \\u2013 \\xe9\n', ''),
         ('print("\\udcff –")', '{command}', {'PYTHONIOENCODING': 'utf-8'}, 0, '\\udcff –\n', ''),
+        ('print("all")', '{command} > /dev/full', {}, 1, '', 'error: the output cannot be written: [Errno 28]'),
+        ('print("all"); sys.exit(3)', '{command} > /dev/full', {'PYTHONUNBUFFERED': ''}, 3, '', ''),
+        (SIGNAL.format('SIGTERM'), '{command}', {}, 143, 'cleaned up\n', ''),
+        (SIGNAL.format('SIGHUP'), '{command}', {}, 129, 'cleaned up\n', ''),
     ],
 )
 def test_whatever_happens_ends_in_a_line_and_an_exit_code(body, line, env, code, out, err, process):
@@ -152,21 +153,6 @@ def test_whatever_happens_ends_in_a_line_and_an_exit_code(body, line, env, code,
     assert (result.returncode, result.stdout) == (code, out)
     assert result.stderr == err if not err else err in result.stderr
     assert ('Traceback' in result.stderr) == (err.endswith(('unforeseen\n', 'connection\n')))
-
-
-@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
-def test_full_disk_under_the_output_is_told(process):
-    result = process('print("all")', '{command} > /dev/full')
-    assert result.returncode == 1
-    assert result.stderr.startswith('regnet-reg: error: the output cannot be written: [Errno 28]')
-    assert result.stderr.count('\n') == 1
-
-
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP'])
-def test_signal_lets_the_command_clean_up(name, process):
-    body = f'try: os.kill(os.getpid(), signal.{name}); time.sleep(60)\n    finally: print("cleaned up")'
-    result = process(body)
-    assert (result.returncode, result.stdout) == (128 + getattr(signal, name), 'cleaned up\n')
 
 
 def test_hangup_is_ignored_under_nohup(process):
@@ -213,14 +199,6 @@ def test_timm_that_is_too_old_is_the_one_that_the_package_does_not_require():
 # run
 
 
-def test_missing_script_is_told(in_process, tmp_path, capsys):
-    missing = tmp_path / 'validate.py'
-    with pytest.raises(SystemExit) as exit:
-        in_process('run', missing)
-    assert exit.value.code == 2
-    assert f"error: argument SCRIPT: there is no file '{missing}'" in capsys.readouterr().err
-
-
 def test_script_is_main_with_its_arguments_untouched_and_finds_its_neighbors(in_process, script, capsys):
     script('name = "neighbor"', name='regnet_reg_neighbor.py')
     path = script(
@@ -232,64 +210,36 @@ def test_script_is_main_with_its_arguments_untouched_and_finds_its_neighbors(in_
     assert json.loads(capsys.readouterr().out) == ['neighbor', '__main__', *[str(path)] * 3, *args]
 
 
-@pytest.mark.parametrize('code', [None, 0, 3, 'a message'])
-def test_exit_of_the_script_passes_through(code, in_process, script):
-    with pytest.raises(SystemExit) as exit:
-        in_process('run', script(f'import sys; sys.exit({code!r})'))
-    assert exit.value.code == code
-
-
-@pytest.mark.parametrize('error', ['timm_regnet_reg.errors.UserError', 'KeyboardInterrupt', 'BrokenPipeError'])
+@pytest.mark.parametrize('error', ['timm_regnet_reg.errors.UserError', 'KeyboardInterrupt', 'OSError', 'SystemExit'])
 def test_errors_that_the_command_line_knows_are_still_the_scripts(error, in_process, script):
     path = script(f'import timm_regnet_reg.errors\nraise {error}("from the script")\n')
     with pytest.raises(eval(error), match='from the script'):
         in_process('run', path)
 
 
-def test_script_sees_the_models_starts_workers_and_exits_with_its_code(script):
+WORKING = """\
+import multiprocessing, os, sys
+def work(x):
+    return 2 * x
+if __name__ == '__main__':
+    import timm
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        told = (os.environ['RANK'], timm.is_model('cifar_resnet20'), pool.apply(work, (21,)), *sys.argv[1:])
+    sys.stdout.write(f'{told}\\n')  # at once, as the processes share their output
+"""
+
+
+def test_script_sees_the_models_and_starts_workers_in_every_process_of_torchrun(script):
     """A worker that starts afresh (as data loaders do where there's no fork) looks its function up in the script."""
-    path = script(
-        'import multiprocessing\n'
-        'def work(x):\n'
-        '    return 2 * x\n'
-        'if __name__ == "__main__":\n'
-        '    import timm\n'
-        '    print(timm.is_model("regnet_reg_resnet20_convlstm"))\n'
-        '    with multiprocessing.get_context("spawn").Pool(1) as pool:\n'
-        '        print(pool.apply(work, (21,)))\n'
-        '    raise SystemExit(3)\n',
-    )
-    result = regnet_reg('run', path)
-    assert (result.returncode, result.stdout.split()) == (3, ['True', '42']), result.stderr
-
-
-def test_torchrun_runs_the_script_in_every_process(script):
-    path = script(  # written at once, as the processes share their output
-        'import os, sys, timm\n'
-        "sys.stdout.write(f\"{os.environ['RANK']} {timm.is_model('cifar_resnet20')} {sys.argv[1:]}\\n\")\n"
-    )
     launch = '-m torch.distributed.run --standalone --nproc_per_node=2 -m timm_regnet_reg run'
-    result = python(*launch.split(), path, '--config', 'x')
+    result = python(*launch.split(), script(WORKING), '--config', 'x')
     assert result.returncode == 0, result.stderr
-    lines = sorted(result.stdout.splitlines())
-    assert lines == [f"{rank} True ['--config', 'x']" for rank in range(2)]
+    assert sorted(result.stdout.splitlines()) == [f"('{rank}', True, 42, '--config', 'x')" for rank in range(2)]
 
 
-def test_timms_validate_runs_with_our_models(tmp_path):
-    train_script = os.environ.get('TIMM_TRAIN_SCRIPT')
-    validate_script = Path(train_script).with_name('validate.py') if train_script else None
-    if validate_script is None or not validate_script.is_file():
-        reason = f'no validate.py beside TIMM_TRAIN_SCRIPT ({train_script})'
-        print(reason)
-        pytest.skip(reason)
-    for label in range(2):
-        folder = tmp_path / 'validation' / str(label)
-        folder.mkdir(parents=True)
-        Image.new('RGB', (32, 32), (100 * label,) * 3).save(folder / '0.png')
-    checkpoint = tmp_path / 'checkpoint.pth'
-    torch.save(timm.create_model('regnet_reg_resnet20_convlstm').state_dict(), checkpoint)
-
-    options = '--model regnet_reg_resnet20_convlstm --device cpu --workers 1 --batch-size 2 --checkpoint'
-    result = regnet_reg('run', validate_script, '--data-dir', tmp_path, *options.split(), checkpoint)
+def test_timms_validate_runs_with_our_models(train_script, packaged, image_folder):  # noqa: F811
+    options = '--pretrained --device cpu --workers 1 --batch-size 2 --model'
+    validate_script = train_script.with_name('validate.py')
+    result = regnet_reg('run', validate_script, '--data-dir', image_folder, *options.split(), f'local-dir:{packaged}')
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.split('--result')[1])['param_count'] > 0.3

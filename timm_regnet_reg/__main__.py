@@ -27,12 +27,9 @@ def _create_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title='commands', dest='command', metavar='COMMAND', required=True)
     for name in COMMANDS:
         command = importlib.import_module(f'.commands.{name}', __package__)
-        description = (command.__doc__ or '').replace('``', '')
+        about = command.__doc__ or ''
         subparser = subparsers.add_parser(
-            name,
-            help=description.partition('\n')[0],
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=about.partition('\n')[0], description=about, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         command.add_arguments(subparser)
         subparser.set_defaults(main=command.main)
@@ -76,15 +73,11 @@ def _flush(text: str = '') -> Optional[OSError]:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run one command.
+    """Runs a command, with its arguments, or that of the process, whose streams and signals are then prepared.
 
-    Args:
-        argv: Command and its arguments. If None, those of the process, whose streams and signals are then prepared.
-
-    Returns:
-        Exit code: 0 on success, 1 after an error that a line on stderr tells, 130 after an interrupt, 141 when nobody
-        reads the output any more. SystemExit carries 2 for arguments that don't parse and 128 + its number after a
-        signal. Whatever a script run by ``run`` raises passes through.
+    Returns the exit code: 0 on success, 1 after an error that a line on stderr tells, 130 after an interrupt, 141 when
+    nobody reads the output any more. SystemExit carries 2 for arguments that don't parse and 128 + its number after a
+    signal. Whatever a script run by ``run`` raises passes through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ['help']:

@@ -1,8 +1,7 @@
 """Types of arguments, and arguments, that several commands have."""
 
 import argparse
-
-__all__ = ['DEFAULT_MODEL', 'add_data', 'add_device', 'add_model', 'count', 'positive', 'words']
+from functools import partial
 
 DEFAULT_MODEL = 'regnet_reg_resnet20_convlstm'
 
@@ -14,8 +13,7 @@ def count(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def positive(text: str) -> int:
-    return count(text, least=1)
+positive = partial(count, least=1)
 
 
 def words(text: str) -> str:
@@ -31,11 +29,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--model',
-        default=DEFAULT_MODEL,
-        help="a model of timm's with weights, hf-hub:OWNER/NAME or local-dir:FOLDER (default: %(default)s)",
-    )
+    told = "a model of timm's with weights, hf-hub:OWNER/NAME or local-dir:FOLDER (default: %(default)s)"
+    parser.add_argument('--model', default=DEFAULT_MODEL, help=told)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

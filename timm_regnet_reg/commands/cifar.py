@@ -16,38 +16,29 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Iterator, Sized, Tuple
+from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..papers.cifar import CLASSES, SIZE, SIZES
 from ..weights.files import check_writable
-from ..weights.scoring import read_image
-
-# an image, its class, and the name of its file
-Sample = Tuple[Image.Image, str, str]
+from ..weights.scoring import ImageFolder, check_same_classes
 
 
-def _download(dataset: str, folder: Path, split: str) -> Tuple[Sized, Iterator[Sample]]:
-    """The images as torchvision gives them; `folder` keeps its files."""
+def _images(args: argparse.Namespace, split: str, downloads: Path) -> Any:
+    """A data set of images and their labels, whose names are its `label_names`."""
+    if args.source is not None:
+        return ImageFolder(Path(args.source, split), {'input_size': (3, SIZE, SIZE)}, CLASSES[args.dataset])
     try:
-        kind = {'cifar10': CIFAR10, 'cifar100': CIFAR100}[dataset]
-        data = kind(str(folder), train=split == 'train', download=True)
+        kind = {'cifar10': CIFAR10, 'cifar100': CIFAR100}[args.dataset]
+        data = kind(str(downloads), train=split == 'train', download=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: the checksum
-        raise UserError(
-            f'{dataset} could not be downloaded: {error}\nCheck the connection and try again, or give --source FOLDER'
-        ) from error
-    return data, ((Image.fromarray(data.data[i]), data.classes[y], f'{i:05d}.png') for i, y in enumerate(data.targets))
-
-
-def _read(path: Path) -> Image.Image:
-    image = read_image(path, upright=False)
-    if image.size != (SIZE, SIZE):
-        raise UserError(f'{path}: is {image.width}x{image.height}; expected the 32x32 images of CIFAR')
-    return image
+        raise UserError(f'{args.dataset}: could not be downloaded ({error}); try again, or give --source') from error
+    data.label_names = data.classes
+    return data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,36 +54,26 @@ def main(args: argparse.Namespace) -> None:
     if exists and any(not name.startswith('.') for name in os.listdir(folder)):
         raise UserError(f'{args.dir}: exists already and is not empty; give another folder, or move it away')
     check_writable(folder, folder=True)
-    if args.source is not None:
-        if not os.path.isdir(args.source):
-            raise UserError(f'{args.source or repr(args.source)}: no such folder; expected <split>/<class>/*.png in it')
-        files = {split: sorted(Path(args.source).glob(f'{split}/*/*.png')) for split in SIZES}
-        names = {split: {file.parent.name for file in found} for split, found in files.items()}
-        if len(names['train']) != CLASSES[args.dataset] or names['train'] != names['validation']:
-            raise UserError(
-                f'{args.source}: holds PNG images of {len(names["train"])} classes in train/ and '
-                f'{len(names["validation"])} in validation/, expected the same {CLASSES[args.dataset]} in both'
-            )
-
     try:
         # within the folder, which may be a mount point, or somebody's working directory, and stays what it is
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix='.', dir=folder, ignore_cleanup_errors=True) as hidden:
-            for split, size in SIZES.items():
-                if args.source is None:
-                    images, samples = _download(args.dataset, Path(hidden, 'download'), split)
-                else:
-                    images, samples = files[split], ((_read(f), f.parent.name, f.name) for f in files[split])
-                for image, label, name in tqdm(samples, desc=split, total=len(images), unit='image'):
-                    place = Path(hidden, split, label)
-                    place.mkdir(parents=True, exist_ok=True)
-                    ImageOps.expand(image, (size - SIZE) // 2).save(place / name, compress_level=1)
+            data = {split: _images(args, split, Path(hidden, 'download')) for split in SIZES}
+            check_same_classes(data['validation'], data['train'].label_names, 'train')
+            for split, images in data.items():
+                for name in images.label_names:
+                    Path(hidden, split, name).mkdir(parents=True)
+                for i in tqdm(range(len(images)), desc=split, unit='image'):
+                    image, label = images[i]
+                    if image.size != (SIZE, SIZE):
+                        file = images.filename(i, absolute=True)
+                        raise UserError(f'{file}: is {image.width}x{image.height}; expected the 32x32 images of CIFAR')
+                    place = Path(hidden, split, images.label_names[label], f'{i:05d}.png')
+                    ImageOps.expand(image, (SIZES[split] - SIZE) // 2).save(place, compress_level=1)
             for split in SIZES:
                 os.rename(Path(hidden, split), folder / split)
     except OSError as error:
-        raise UserError(
-            f'{args.dir}: could not be written ({error}); free some space there or give another folder'
-        ) from error
+        raise UserError(f'{args.dir}: could not be written ({error}); free some space or give another') from error
     finally:
         if not exists:
             with suppress(OSError):  # it stays if it holds images

@@ -21,26 +21,19 @@ from ..weights.scoring import read_image
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='an image, or a folder of images')
     add_model(parser)
-    parser.add_argument(
-        '--topk', type=positive, default=5, metavar='K', help='how many classes to print (default: %(default)s)'
-    )
+    parser.add_argument('--topk', type=positive, default=5, metavar='K', help='how many classes (default: %(default)s)')
     parser.add_argument('--json', action='store_true', help='print one JSON document')
     add_device(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Classify `args.images` and print the result.
-
-    Raises:
-        UserError: An image can't be found or read, or the model can't be had.
-    """
     paths = find_images(args.images)
     model = load_model(args.model, args.device)
-    progress = tqdm(paths, desc='classifying', unit='image', leave=False, disable=None)  # on a terminal only
-    with progress:  # closed, so that an error starts on a line of its own
+    # on a terminal only, and closed, so that an error starts on a line of its own
+    with tqdm(paths, desc='classifying', unit='image', leave=False, disable=None) as progress:
         results = list(zip(paths, predict(model, map(read_image, progress), args.topk)))
     if args.json:
-        images = [{'image': path, 'predictions': [p._asdict() for p in predictions]} for path, predictions in results]
+        images = [{'image': path, 'predictions': predictions} for path, predictions in results]
         print(json.dumps({'model': args.model, 'images': images}, indent=2))
     else:
         print('\n'.join(f'{path}\n{prediction_lines(predictions)}' for path, predictions in results))

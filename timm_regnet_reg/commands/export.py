@@ -17,6 +17,7 @@ import sys
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, Iterable, Tuple
 
 import torch
@@ -61,34 +62,24 @@ def export_onnx(model: nn.Module, path) -> None:
     # inside another module, as reparameterize_model asks everything but the module that it is given
     model = reparameterize_model(nn.Sequential(model))[0].eval()
     images = torch.zeros(2, *resolve_data_config(model=model)['input_size'])  # 1 would be taken for a constant
-    program = torch.onnx.export(
-        model,
-        (images,),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=['images'],
-        output_names=['logits'],
-        dynamic_shapes=({0: 'batch'},),
-        verbose=False,
-    )
-    assert program is not None  # as it is with dynamo=True
+    told: Dict[str, Any] = dict(input_names=['images'], output_names=['logits'], dynamic_shapes=({0: 'batch'},))
+    program = torch.onnx.export(model, (images,), opset_version=OPSET, verbose=False, **told)
+    assert program is not None  # as it is with the exporter of today
     ClearMetadataAndDocStringPass()(program.model)  # each node's stack trace, with this machine's paths
     program.save(path, external_data=False)
 
 
 def largest_difference(model: nn.Module, path) -> float:
     """The largest difference of an ONNX file's logits from the model's on random images, over the largest logit."""
-    onnx_model = OnnxModel(path)
-    generator = torch.Generator().manual_seed(0)
-    largest = 0.0
+    onnx_model, generator = OnnxModel(path), torch.Generator().manual_seed(0)
+    differences = []
     for batch_size in (1, 3):
         images = torch.randn(batch_size, *resolve_data_config(model=model)['input_size'], generator=generator)
         with torch.inference_mode():
             expected, actual = model(images), onnx_model(images)
-        check_finite(expected, 'the PyTorch model')
         check_finite(actual, path)
-        largest = max(largest, ((actual - expected).abs().max() / expected.abs().max()).item())
-    return largest
+        differences.append(((actual - expected).abs().max() / expected.abs().max()).item())
+    return max(differences)
 
 
 def quantize(source, target, images: Iterable[torch.Tensor]) -> None:
@@ -97,36 +88,24 @@ def quantize(source, target, images: Iterable[torch.Tensor]) -> None:
     The regulators' convolutions, and all others with groups, stay as they are: they hold few weights, are no faster
     in int8, and the state that passes through them again and again would gather their errors.
 
-    Args:
-        images: Batches (B, C, height, width); activations are quantised to the ranges that they have on these.
+    Activations are quantised to the ranges that they have on the batches of images (B, C, height, width).
     """
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):
-        batches = iter(images)
-
-        def get_next(self):
-            batch = next(self.batches, None)
-            return None if batch is None else {'images': batch.numpy()}
-
+    batches = ({'images': batch.numpy()} for batch in images)
     quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
-    grouped = [
-        node.name
-        for node in onnx.load(target).graph.node
-        if node.op_type == 'Conv' and any(a.name == 'group' and a.i > 1 for a in node.attribute)
-    ]
+    convolutions = [node for node in onnx.load(target).graph.node if node.op_type == 'Conv']
+    grouped = [node.name for node in convolutions if any(a.name == 'group' and a.i > 1 for a in node.attribute)]
     quantize_static(
         str(target),
         str(target),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
+        SimpleNamespace(get_next=lambda: next(batches, None)),
         op_types_to_quantize=['Conv', 'Gemm'],
         nodes_to_exclude=grouped,
         per_channel=True,
         activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
         reduce_range=True,  # to 7 bits, whose products don't overflow on x86 processors without VNNI
     )
 
@@ -134,18 +113,15 @@ def quantize(source, target, images: Iterable[torch.Tensor]) -> None:
 def _images(data_dir: str, model: nn.Module, data_config: Dict[str, Any]) -> Tuple[Subset, ImageFolder]:
     """Random training images to calibrate on, and those to score on, of the same classes as the model's."""
     transform = create_transform(**data_config)
-    is_cifar = tuple(data_config['input_size'][1:]) == (SIZE, SIZE)
 
     def as_used(image: Image.Image) -> torch.Tensor:  # without the border that CIFAR's are cut from
-        bordered = is_cifar and image.size == (SIZES['train'], SIZES['train'])
+        bordered = image.size == (SIZES['train'],) * 2 and data_config['input_size'][1] == SIZE
         return transform(ImageOps.crop(image, BORDER) if bordered else image)
 
     training = ImageFolder(Path(data_dir, 'train'), data_config, model.num_classes, transform=as_used)
     validation = ImageFolder(Path(data_dir, 'validation'), data_config, model.num_classes)
     check_same_classes(validation, training.label_names, training.reader.root)
-    labels = model.pretrained_cfg.get('label_names')
-    if isinstance(labels, (list, tuple)):
-        check_same_classes(validation, labels, 'the model')
+    check_same_classes(validation, model.pretrained_cfg.get('label_names') or [], 'the model')
     chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
     return Subset(training, chosen.tolist()), validation
 
@@ -153,16 +129,12 @@ def _images(data_dir: str, model: nn.Module, data_config: Dict[str, Any]) -> Tup
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('output', metavar='OUTPUT', help='the file to write, *.onnx')
     add_model(parser)
-    parser.add_argument(
-        '--int8',
-        metavar='DIR',
-        help='write *.int8.onnx as well; DIR holds train/<class>/<image> and validation/<class>/<image>',
-    )
+    parser.add_argument('--int8', metavar='DIR', help='write *.int8.onnx, too, with the images in DIR')
 
 
 def main(args: argparse.Namespace) -> None:
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise UserError(f'export needs {" and ".join(missing)}, not installed here; {INSTALL}')
+        raise UserError(f'{" and ".join(missing)}: not installed; {INSTALL}')
     output = Path(args.output)
     if output.suffix != '.onnx':
         raise UserError(f'{output}: expected a file name that ends in .onnx')
@@ -178,15 +150,11 @@ def main(args: argparse.Namespace) -> None:
         export_onnx(model, file)
         difference = largest_difference(model, file)
         if not difference <= TOLERANCE:
-            raise UserError(
-                f'--model {args.model}: the exported network differs from the PyTorch model by {difference:.1e} of the '
-                f'largest output, and at most {TOLERANCE} is accepted, so the file was not kept'
-            )
+            told = f'differs from the PyTorch model by {difference:.1e} of the largest output, more than {TOLERANCE}'
+            raise UserError(f'--model {args.model}: the exported network {told}, so the file was not kept')
     batch = ' x '.join(map(str, ('batch', *data_config['input_size'])))
-    print(
-        f'{output}: ONNX opset {OPSET}, images {batch}, {_size(output)}; its outputs in ONNX Runtime differ from '
-        f'PyTorch by at most {difference:.1e} of the largest'
-    )
+    told = f"its outputs in ONNX Runtime differ from PyTorch's by at most {difference:.1e} of the largest"
+    print(f'{output}: ONNX opset {OPSET}, images {batch}; {told}')
     if args.int8 is None:
         return
     full = score(OnnxModel(output), validation, data_config, desc='scoring float32')
@@ -196,9 +164,5 @@ def main(args: argparse.Namespace) -> None:
             quantize(output, file, (images for images, _ in batches))
         int8 = score(OnnxModel(file), validation, data_config, desc='scoring int8')
     for path, result in ((output, full), (quantized, int8)):
-        told = f'top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images'
-        print(f'{path}: {told}, {_size(path)}')
-
-
-def _size(path: Path) -> str:
-    return f'{path.stat().st_size / 1e6:.2f} MB'
+        accuracy = f'top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images'
+        print(f'{path}: {accuracy}, {path.stat().st_size / 1e6:.2f} MB')

@@ -8,7 +8,6 @@ the recipe names. An earlier folder is replaced, but one whose card was edited b
 
 import argparse
 import inspect
-import json
 import re
 from pathlib import Path
 from typing import Any, Dict, Tuple
@@ -29,59 +28,32 @@ from ..weights.folder import check_replaceable, save_folder
 from ..weights.inference import try_image
 from ..weights.scoring import ImageFolder, check_device, check_same_classes, score, split_folder
 
-# What a pretrained_cfg says of somebody else's weights; a new checkpoint inherits none of it.
-_PROVENANCE = (
-    *('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'description', 'origin_url', 'paper_name', 'paper_ids'),
-    *('notes', 'label_names', 'label_descriptions', 'label_offset'),
-)
 
-
-def read_checkpoint(path: str, use_ema: bool = False) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any], int]:
-    """State dict, arguments and epochs of a checkpoint of train.py; nothing in it is executed.
-
-    Raises:
-        UserError: The file is missing, damaged, of another kind, holds other objects, or lacks the EMA weights.
-    """
+def _read_checkpoint(path: str, use_ema: bool) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any], int]:
+    """State dict, arguments and epochs of a checkpoint of train.py; nothing in it is executed."""
     try:
         checkpoint = load_checkpoint_metadata(path)
+        ema = checkpoint.get('state_dict_ema')
+        weights = clean_state_dict(ema if use_ema and ema else checkpoint['state_dict'])
+        # --split-bn's auxiliary norms serve training alone
+        state_dict = {key: value for key, value in weights.items() if '.aux_bn.' not in key}
+        train_args, epochs = vars(checkpoint['args']), int(checkpoint['epoch']) + 1
     except Exception as error:  # torch raises whatever it stumbles over
         raise UserError(
-            f'{path}: cannot be read as a checkpoint ({reason(error).splitlines()[0]}); it is missing, damaged, of '
-            'another kind, or holds Python objects, which could run code. Take another checkpoint of the same run'
+            f"{path}: cannot be read as a checkpoint of train.py, with 'state_dict', 'args' and 'epoch' "
+            f'({reason(error).splitlines()[0]}); it is missing, damaged, of another kind, or holds Python objects, '
+            'which could run code. Take another checkpoint of the same run'
         ) from error
-    try:
-        if use_ema and 'state_dict_ema' not in checkpoint:
-            raise UserError(f'{path}: holds no EMA weights; train with --model-ema, or leave --use-ema out')
-        state_dict = clean_state_dict(checkpoint['state_dict_ema' if use_ema else 'state_dict'])
-        # --split-bn's auxiliary norms serve training alone
-        state_dict = {key: value for key, value in state_dict.items() if '.aux_bn.' not in key}
-        return state_dict, dict(vars(checkpoint['args'])), int(checkpoint['epoch']) + 1
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: is not a checkpoint of train.py, which holds 'state_dict', 'args' and 'epoch' ({error!r})"
-        ) from error
-
-
-def _model_args(train_args: Dict[str, Any]) -> Dict[str, Any]:
-    """What train.py gave the network, as far as it outlives the training."""
-    args = {
-        'num_classes': train_args.get('num_classes'),
-        'in_chans': train_args.get('in_chans') or (train_args.get('input_size') or [None])[0],
-        'global_pool': train_args.get('gp'),
-        'bn_eps': train_args.get('bn_eps'),
-        **(train_args.get('model_kwargs') or {}),
-    }
-    how_made = inspect.signature(timm.create_model).parameters  # and not what it is
-    return {key: value for key, value in args.items() if key not in how_made and value is not None}
+    if use_ema and not ema:
+        raise UserError(f'{path}: holds no EMA weights; train with --model-ema, or leave --use-ema out')
+    return state_dict, train_args, epochs
 
 
 def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tuple[str, str]:
     """The recipe's name with what the run changed in it, and Markdown that says how to run it again."""
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-        if not isinstance(recipe, dict):
-            raise ValueError('not a mapping of options to values')
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        recipe = dict(yaml.safe_load(Path(path).read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f'{path}: cannot be read as a recipe; give the YAML file that train.py ran with: {error}')
     name = Path(path).name
     # what options of their own say is not said twice
@@ -107,8 +79,15 @@ def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tu
 
 def _build(name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Tensor]) -> torch.nn.Module:
     """The network that train.py made: from the source that it was given or, if that is gone, from its name."""
-    model_args = _model_args(train_args)
-    json.dumps(model_args)  # as config.json will hold them
+    given = {
+        'num_classes': train_args.get('num_classes'),
+        'in_chans': train_args.get('in_chans') or (train_args.get('input_size') or [None])[0],
+        'global_pool': train_args.get('gp'),
+        'bn_eps': train_args.get('bn_eps'),
+        **(train_args.get('model_kwargs') or {}),
+    }
+    how_made = inspect.signature(timm.create_model).parameters  # and not what the network is
+    model_args = {key: value for key, value in given.items() if key not in how_made and value is not None}
     source = str(train_args.get('model'))
     if source != name:
         try:
@@ -121,36 +100,18 @@ def _build(name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Te
     return timm.create_model(name, **model_args)
 
 
-def _create_model(
-    name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Tensor]
-) -> Tuple[torch.nn.Module, Dict[str, Any]]:
-    """The network that was trained, with its weights, and how images are prepared for it."""
-    model = _build(name, train_args, state_dict)
-    architecture = model.pretrained_cfg['architecture']
-    if architecture != name:
-        raise UserError(f'it is a checkpoint of {architecture}; give one of {name}, or that --model')
-    model.pretrained_cfg.update(dict.fromkeys(_PROVENANCE), custom_load=False)
-    check_weights(state_dict, model)
-    model.load_state_dict(state_dict)
-    return model.eval(), resolve_input_data_config(model, train_args)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a checkpoint of train.py (model_best.pth.tar, say)')
     parser.add_argument('--model', required=True, help='the architecture that was trained')
     parser.add_argument('--tag', required=True, help='name of these weights, letters, digits and "_" (cifar10, say)')
     add_data(parser)
-    told = 'what those images are, for the model card'
-    parser.add_argument('--data-name', required=True, type=words, metavar='TEXT', help=told)
+    parser.add_argument('--data-name', required=True, type=words, metavar='TEXT', help='what the images are, in words')
     parser.add_argument('--recipe', required=True, metavar='YAML', help='the file that train.py ran with (--config)')
     parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
-    told = 'license of the weights (default: %(default)s)'
-    parser.add_argument('--license', default='apache-2.0', type=words, help=told)
+    parser.add_argument('--license', default='apache-2.0', type=words, help='of the weights (default: %(default)s)')
     parser.add_argument('--output', default='.', metavar='DIR', help='where {model}.{tag}/ goes (default: here)')
-    told = 'replace an earlier folder even if its README.md was edited by hand'
-    parser.add_argument('--overwrite', action='store_true', help=told)
-    told = 'for scoring (default: %(default)s)'
-    parser.add_argument('--batch-size', type=positive, default=128, metavar='N', help=told)
+    parser.add_argument('--overwrite', action='store_true', help='replace a README.md that was edited by hand, too')
+    parser.add_argument('--batch-size', type=positive, default=128, metavar='N', help='to score (default: %(default)s)')
     parser.add_argument('--workers', type=count, default=2, metavar='N', help='loader processes (default: %(default)s)')
     add_device(parser)
 
@@ -162,9 +123,15 @@ def main(args: argparse.Namespace) -> None:
     output = Path(args.output, f'{args.model}.{args.tag}')
     check_replaceable(output, args.overwrite)
     root = split_folder(args.data_dir, args.split)
-    state_dict, train_args, epochs = read_checkpoint(args.checkpoint, args.use_ema)
+    state_dict, train_args, epochs = _read_checkpoint(args.checkpoint, args.use_ema)
     try:
-        model, data_config = _create_model(args.model, train_args, state_dict)
+        model = _build(args.model, train_args, state_dict).eval()
+        architecture = model.pretrained_cfg['architecture']
+        if architecture != args.model:
+            raise UserError(f'it is a checkpoint of {architecture}; give one of {args.model}, or that --model')
+        check_weights(state_dict, model)
+        model.load_state_dict(state_dict)
+        data_config = resolve_input_data_config(model, train_args)
     except Exception as error:  # whatever networks, torch and timm make of wrong arguments
         raise UserError(f'{args.checkpoint}: does not fit --model {args.model}: {reason(error)}') from error
     try_image(model, data_config, args.checkpoint)
@@ -172,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     images = ImageFolder(root, data_config, model.num_classes)
     training = Path(args.data_dir, str(train_args.get('train_split') or 'train'))
     check_same_classes(images, [*find_images_and_targets(str(training), sort=False)[1]], training)
-    result = score(model, images, data_config, args.batch_size, args.workers, device)
+    result = score(model.to(device), images, data_config, args.batch_size, args.workers)
 
     details = {
         'Recipe': recipe,
@@ -181,8 +148,7 @@ def main(args: argparse.Namespace) -> None:
         'Seed': f'{train_args.get("seed")}{" after the last resumption" if train_args.get("resume") else ""}',
         'Weights': 'exponential moving average (EMA)' if args.use_ema else 'as trained, not averaged',
         'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
-        'Input': f'{" x ".join(map(str, data_config["input_size"]))}, {data_config["interpolation"]}, '
-        f'{data_config["crop_mode"]} crop of {data_config["crop_pct"]}',
+        'Input': '{input_size}, {interpolation}, {crop_mode} crop of {crop_pct}'.format(**data_config),
     }
-    save_folder(model, output, result, args.data_name, args.license, details, reproduce, data_config)
+    save_folder(model, output, data_config, result, args.data_name, args.license, details, reproduce)
     print(f'{output}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images')

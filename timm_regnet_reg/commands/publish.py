@@ -8,7 +8,6 @@ The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN), and so is the
 import argparse
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, reason
@@ -16,11 +15,7 @@ from ..weights.folder import FILES, Folder, check_folder, file_sha256
 
 
 def _publish(folder: Folder, repo_id: str, private: bool, create_pr: bool) -> str:
-    """Uploads a checked folder in one commit and compares the Hub's hashes with the files; returns the commit's URL.
-
-    Raises:
-        UserError: Says what failed, how the Hub was left, and what to do.
-    """
+    """Uploads a folder and compares hashes; returns the URL, or a UserError says how the Hub was left."""
     api = HfApi()
     state = f'nothing was sent to {api.endpoint}'
     try:
@@ -30,10 +25,8 @@ def _publish(folder: Folder, repo_id: str, private: bool, create_pr: bool) -> st
             raise UserError('exists and is public; make it private in its settings or leave --private out')
         place = f'{api.endpoint}/{repo_id}/{"discussions" if create_pr else "commits/main"}'
         state = f'publishing failed. It is one commit, so all of it arrived or nothing: see {place}'
-        message = f'Publish {folder.card.data.model_name}'
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder.path, commit_message=message, create_pr=create_pr
-        )
+        title = f'Publish {folder.card.data.model_name}'
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder.path, commit_message=title, create_pr=create_pr)
         url = str(commit.pr_url or commit.commit_url)
         state = f'is published, {url}, but could not be compared'
         found = api.verify_repo_checksums(repo_id, revision=commit.oid, local_dir=folder.path)
@@ -53,18 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--repo-id', required=True, metavar='OWNER/NAME', help='the repository; created if need be')
     parser.add_argument('--private', action='store_true', help='create it as a private repository')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
-    parser.add_argument(
-        '--dry-run', action='store_true', help='check, and show what would be sent, and where to; ask and send nothing'
-    )
+    parser.add_argument('--dry-run', action='store_true', help='check, and show what would be sent, and where to')
 
 
 def main(args: argparse.Namespace) -> None:
     try:
         validate_repo_id(args.repo_id)
-    except HFValidationError as error:
+        if '/' not in args.repo_id:
+            raise ValueError(f'it has no owner; expected OWNER/NAME, such as you/{args.repo_id}')
+    except ValueError as error:
         raise UserError(f'--repo-id {args.repo_id}: {error}') from error
-    if '/' not in args.repo_id:
-        raise UserError(f'--repo-id {args.repo_id}: has no owner; expected OWNER/NAME, such as you/{args.repo_id}')
     folder = check_folder(args.folder)
     if args.dry_run:
         print(f'{HfApi().endpoint}/{args.repo_id}, {"a new pull request" if args.create_pr else "revision main"}')

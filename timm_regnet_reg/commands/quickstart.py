@@ -10,7 +10,7 @@ trains stays in the folder regnet_reg_resnet20_convlstm.digits, to be used and l
 import argparse
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Tuple
+from typing import Callable, Tuple
 
 import timm
 import torch
@@ -30,12 +30,8 @@ PHOTOGRAPH = 'flower.jpg'
 NAME = f'{DEFAULT_MODEL}.digits'
 EPOCHS = 3
 HELD_OUT = 360  # of 1,797 images
-BATCH_SIZE = 32
 LEARNING_RATE = 0.003
 SEED = 0
-# moved and scaled a little, but never mirrored: a mirrored digit is no digit
-AUGMENTATION: Dict[str, Any] = dict(scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None)
-INSTALL = 'pip install "timm-regnet-reg[quickstart]"'
 
 
 class Digits(list):
@@ -54,9 +50,7 @@ def _load_samples() -> Tuple[Image.Image, Digits, Digits]:
     try:
         from sklearn.datasets import load_digits, load_sample_image
     except ImportError as error:
-        raise UserError(
-            f'quickstart takes its images from scikit-learn, which cannot be imported ({error}); {INSTALL}'
-        ) from error
+        raise UserError(f'scikit-learn has the images ({error}); pip install "timm-regnet-reg[quickstart]"') from error
     digits = load_digits()
     greys = (digits.images * (255 / 16)).astype('uint8')  # from 0 to 16
     pairs = [(Image.fromarray(grey).convert('RGB'), int(label)) for grey, label in zip(greys, digits.target)]
@@ -67,30 +61,21 @@ def _load_samples() -> Tuple[Image.Image, Digits, Digits]:
 
 def _fine_tune(model: nn.Module, loader) -> None:
     optimizer = create_optimizer_v2(model, opt='adamw', lr=LEARNING_RATE, weight_decay=0.05)
-    updates = EPOCHS * len(loader)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(loader))
     model.train()
-    with tqdm(total=updates, desc='fine-tuning', unit='batch') as progress:
-        for _ in range(EPOCHS):
-            for images, labels in loader:
-                loss = nn.functional.cross_entropy(model(images), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-                progress.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
-                progress.update()
-
-
-def _logits(model: nn.Module, images: Digits) -> torch.Tensor:
-    """The outputs (number of images, 10); the same input and weights give the same bits on the CPU."""
-    with torch.inference_mode():
-        return model.eval()(torch.stack([images.transform(image) for image, _ in images]))
+    with tqdm(total=EPOCHS * len(loader), desc='fine-tuning', unit='batch') as progress:
+        for images, labels in (batch for _ in range(EPOCHS) for batch in loader):
+            loss = nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            progress.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
+            progress.update()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    told = f'where {NAME}/ goes; one from an earlier run is replaced (default: here)'
-    parser.add_argument('--output', default='.', metavar='DIR', help=told)
+    parser.add_argument('--output', default='.', metavar='DIR', help=f'where {NAME}/ goes, replacing an earlier one')
 
 
 def main(args: argparse.Namespace) -> None:
@@ -105,49 +90,39 @@ def main(args: argparse.Namespace) -> None:
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters. The weights came with the package.')
 
     print(f'\n2/5  Classify a photograph: {PHOTOGRAPH} of scikit-learn, a flower')
-    print(prediction_lines(predict(model, [photograph], topk=3)[0]))
+    print(prediction_lines(next(predict(model, [photograph], topk=3))))
     print('The network has to choose among the ten classes of CIFAR-10, at 32x32 pixels, and a flower is none of them.')
 
     print(f'\n3/5  Fine-tune on {len(train_set):,} handwritten digits of scikit-learn, 8x8 pixels enlarged to 32x32')
     print("A new classifier for ten digits replaces the old one, and all weights train with timm's loader and AdamW.")
     torch.manual_seed(SEED)
     model.reset_classifier(len(held_out.label_names))
-    train_loader = create_loader(
-        train_set,
-        **data_config,
-        **AUGMENTATION,
-        batch_size=BATCH_SIZE,
-        is_training=True,
-        num_workers=0,  # these images are prepared faster than worker processes start
-        persistent_workers=False,
-        use_prefetcher=False,
-        device=torch.device('cpu'),
-    )
+    # without worker processes, which take longer to start than the images to prepare
+    how = dict(num_workers=0, persistent_workers=False, use_prefetcher=False, device=torch.device('cpu'))
+    # moved and scaled a little, but never mirrored: a mirrored digit is no digit
+    how.update(is_training=True, scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None)
+    train_loader = create_loader(train_set, **data_config, **how, batch_size=32)
     before = score(model, held_out, data_config, workers=0, desc='scoring before')
     _fine_tune(model, train_loader)
     after = score(model, held_out, data_config, workers=0, desc='scoring after')
-    print(
-        f'Accuracy on {after.images} held-out digits: {before.top1:.1f} % before, {after.top1:.1f} % after.\n'
-        'Before, the new classifier knew nothing: about 10 % is chance.'
-    )
+    print(f'Accuracy on {after.images} held-out digits: {before.top1:.1f} % before, {after.top1:.1f} % after.')
+    print('Before, the new classifier knew nothing: about 10 % is chance.')
 
     print(f'\n4/5  Save it: {folder}')
     details = {
         'Started from': f'{DEFAULT_MODEL}.{cfg["tag"]}',
-        'Recipe': f'quickstart, AdamW with learning rate {LEARNING_RATE}, cosine schedule',
-        'Epochs': EPOCHS,
-        'Seed': SEED,
+        'Recipe': f'quickstart, {EPOCHS} epochs of AdamW with learning rate {LEARNING_RATE}, cosine schedule',
         'Images trained on': f'{len(train_set):,}',
     }
     data = f"{after.images} held-out images of scikit-learn's handwritten digits"
-    # what the config says of the CIFAR-10 weights isn't true of these
-    cfg.update(label_names=None, label_descriptions=None, description=None)
-    save_folder(model, folder, after, data, cfg['license'], details, '`regnet-reg quickstart`', data_config)
+    save_folder(model, folder, data_config, after, data, cfg['license'], details, '`regnet-reg quickstart`')
     print('config.json, model.safetensors and README.md, the model card: what timm loads and the Hub holds.')
 
     print("\n5/5  Load it back: timm.create_model('local-dir:…', pretrained=True)")
-    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    if not torch.equal(_logits(loaded, held_out), _logits(model, held_out)):
-        raise RuntimeError(f'The network loaded from {folder} is not the one that was saved: its outputs differ')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    images = torch.stack([held_out.transform(image) for image, _ in held_out])
+    with torch.inference_mode():
+        if not torch.equal(loaded(images), model(images)):
+            raise RuntimeError(f'The network loaded from {folder} is not the one that was saved: its outputs differ')
     print(f'On all {after.images} held-out images the outputs are the same, bit for bit.')
     print(f'\nDone in {time.perf_counter() - start:.0f} s.')

@@ -9,12 +9,9 @@ of timm's repository:
 The script gets its arguments, --help among them, as it would from python, and its exit code and traceback are passed
 on. (train.py can do without: --device-modules timm_regnet_reg registers the models, as the recipes do.)
 
-The models are registered in the process of the script and in its forks. A script that starts new Python programs, as
-bulk_runner.py does (the others don't), has to start those with run, too:
-
-    regnet-reg run bulk_runner.py --model-list 'regnet_reg_*' -m on timm_regnet_reg run benchmark.py ...
-
-timm is the one that this package was imported with, also where the script lies beside a timm folder of its own.
+A script that starts new Python programs, as bulk_runner.py does (the others don't), has to start those with run, too:
+`-m on timm_regnet_reg run benchmark.py`. timm is the one that this package was imported with, also where the script
+lies beside a timm folder of its own.
 """
 
 import argparse
@@ -25,24 +22,18 @@ import sys
 
 def _script(text: str) -> str:
     if not os.path.isfile(text):
-        raise argparse.ArgumentTypeError(
-            f'there is no file {text!r}: give the path of a script, such as validate.py in a clone of '
-            'github.com/huggingface/pytorch-image-models'
-        )
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}; give a script, such as timm's validate.py")
     return text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('script', type=_script, metavar='SCRIPT', help='path of the script')
-    # For the help text: what follows the script never reaches argparse.
+    # for the help text: what follows the script never reaches argparse
     parser.add_argument('args', metavar='ARGS', nargs='*', help='arguments of the script')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run `args.script` as ``__main__`` with the arguments `args.args`, as ``python SCRIPT ARGS`` does.
-
-    Whatever the script raises passes through, SystemExit included.
-    """
+    """Runs the script as ``python SCRIPT ARGS`` does; whatever it raises passes through, SystemExit included."""
     sys.argv = [args.script, *args.args]
     if not getattr(sys.flags, 'safe_path', False):  # Python 3.11 and later: -P
         sys.path[0] = os.path.dirname(os.path.realpath(args.script))

@@ -11,24 +11,15 @@ from safetensors import SafetensorError
 
 from ..errors import UserError
 
-__all__ = ['check_writable', 'locked', 'replacing']
-
 
 def check_writable(path, folder: bool = False) -> None:
-    """Checks before the work that its result can be written at `path`, which stays as it is.
-
-    Args:
-        folder: The result is a folder, and not a file.
-
-    Raises:
-        UserError: Nothing can be written there, or what is there is of the other kind.
-    """
+    """Checks before the work that its result, a file or a folder, can be written at `path`; a UserError if not."""
     target = Path(os.path.realpath(path))
     place = target.parent
     try:
         while not place.exists():  # folders on the way are made when they are needed
             place = place.parent
-        with _temporary(target, place):
+        with TemporaryDirectory(prefix=f'.{target.name}.', dir=place):
             other_kind = target.exists() and target.is_dir() != folder
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror or error}); choose another output') from error
@@ -40,19 +31,15 @@ def check_writable(path, folder: bool = False) -> None:
 def replacing(path, folder: bool = False) -> Iterator[Path]:
     """A path of the same name in a hidden folder beside `path`, whose place it takes if the block ends well.
 
-    Otherwise what was there stays. A symbolic link stays one, and what it points to is replaced.
-
-    Args:
-        folder: The block makes a folder there, and not a file.
-
-    Raises:
-        UserError: Something can't be written, in the block or after it.
+    Otherwise what was there stays, and a UserError says what couldn't be written, in the block or after it. A symbolic
+    link stays one, and what it points to is replaced.
     """
     check_writable(path, folder)
     target = Path(os.path.realpath(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(target, target.parent) as hidden:
+        # what can't be cleaned up must not hide the error that matters
+        with TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent, ignore_cleanup_errors=True) as hidden:
             new, old = Path(hidden, target.name), Path(hidden, 'old')
             yield new
             try:
@@ -63,20 +50,14 @@ def replacing(path, folder: bool = False) -> Iterator[Path]:
                 if old.exists() and not target.exists():
                     os.rename(old, target)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f'{path}: could not be written ({error}). What was there before is unchanged; free some space there or '
-            'choose another output'
-        ) from error
+        raise UserError(f'{path}: could not be written ({error}) and is unchanged; choose another output') from error
 
 
 @contextmanager
 def locked(path, seconds: float) -> Iterator[None]:
-    """Holds the lock of a file or folder, a file `.{name}.lock` beside it, while the block runs.
+    """Holds the lock of a file or folder, a file `.{name}.lock` beside it; a UserError if others do for these seconds.
 
     Where the system has no locks, the file's existence is the lock, which may have to be removed by hand after a crash.
-
-    Raises:
-        UserError: Another process holds it for longer than these seconds, or nothing can be written there.
     """
     target = Path(os.path.realpath(path))
     place = target.with_name(f'.{target.name}.lock')
@@ -97,8 +78,3 @@ def locked(path, seconds: float) -> Iterator[None]:
         raise UserError(f'{path}: cannot be locked ({error}); choose another place') from error
     with lock:
         yield
-
-
-def _temporary(target: Path, place: Path) -> TemporaryDirectory:
-    # what can't be cleaned up must not hide the error that matters
-    return TemporaryDirectory(prefix=f'.{target.name}.', dir=place, ignore_cleanup_errors=True)

@@ -1,9 +1,8 @@
 """Loading a classifier with its labels, finding images, and predicting."""
 
 import os
-from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple
+from typing import Any, Dict, Iterable, Iterator, List
 
 import timm
 import torch
@@ -13,29 +12,11 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from ..errors import UserError, reason
 from .scoring import check_device, check_finite, image_mode
 
-__all__ = ['Prediction', 'class_labels', 'find_images', 'load_model', 'predict', 'prediction_lines', 'try_image']
-
-BATCH_SIZE = 32
-
-
-class Prediction(NamedTuple):
-    """A class, the classifier's index of it, and its probability from 0 to 1."""
-
-    label: str
-    index: int  # type: ignore[assignment]  # a tuple's method of that name has no use here
-    probability: float
-
 
 def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
-    """A classifier with its weights, in evaluation mode, that was seen to classify an image.
+    """timm's classifier of that name with its weights, in evaluation mode, on a device, seen to classify an image.
 
-    Args:
-        name: timm's name of a model, with or without tag, 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'.
-        device: Where to put it: 'cpu', 'cuda', 'cuda:1' and the like.
-
-    Raises:
-        UserError: There is no such device or model, it has no weights, they can't be loaded, it has no classifier or
-            one that isn't that of its weights or its labels, or it doesn't classify an image as its config says.
+    A UserError if there is no such device, model or weights, or it doesn't classify as its config says.
     """
     torch_device = check_device(device)
     try:
@@ -43,15 +24,9 @@ def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
     except Exception as error:  # timm, the Hub's client and the file formats each raise errors of their own
         expected = 'a model of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER'
         raise UserError(f'{name}: could not be loaded: {reason(error)}\nExpected {expected}.') from error
-    _check_classes(model, name)
-    try_image(model, resolve_data_config(model=model), name)
-    return model.to(torch_device)
-
-
-def _check_classes(model: torch.nn.Module, source: str) -> None:
-    """Raises a UserError unless network, config and labels agree: timm would leave the classifier at random."""
     if not getattr(model, 'num_classes', 0):
-        raise UserError(f'{source}: has no classifier; choose a model that was trained to classify')
+        raise UserError(f'{name}: has no classifier; choose a model that was trained to classify')
+    # network, config and labels must agree: where they don't, timm leaves the classifier at random
     count, said, names = model.num_classes, model.pretrained_cfg['num_classes'], model.pretrained_cfg.get('label_names')
     try:
         agree = count == said == len(class_labels(model)) and not isinstance(names, dict)
@@ -59,9 +34,11 @@ def _check_classes(model: torch.nn.Module, source: str) -> None:
         agree = False
     if not agree:
         raise UserError(
-            f'{source}: its network tells {count} classes apart, but its config has num_classes {said} and label_names '
+            f'{name}: its network tells {count} classes apart, but its config has num_classes {said} and label_names '
             f'{names!r:.80}, or label_descriptions of others: its answers would be wrong; correct config.json'
         )
+    try_image(model, resolve_data_config(model=model), name)
+    return model.to(torch_device)
 
 
 def class_labels(model: torch.nn.Module) -> List[str]:
@@ -73,16 +50,18 @@ def class_labels(model: torch.nn.Module) -> List[str]:
     return ImageNetInfo(subset).label_descriptions() if subset else [str(i) for i in range(model.num_classes)]
 
 
+def _logits(model: torch.nn.Module, image: Image.Image, data_config: Dict[str, Any]) -> torch.Tensor:
+    pixels = create_transform(**data_config)(image.convert(image_mode(data_config)))
+    with torch.inference_mode():
+        return model(pixels[None].to(next(model.parameters()).device))[0].float()
+
+
 def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> None:
-    """Classifies a made-up image on the CPU, in evaluation mode; a UserError that names `source` if that fails."""
+    """Classifies a made-up image; a UserError that names `source` if that fails."""
     try:
-        image = Image.linear_gradient('L').convert(image_mode(data_config))
-        with torch.inference_mode():
-            logits = model(create_transform(**data_config)(image)[None])
+        logits = _logits(model, Image.linear_gradient('L'), data_config)
     except Exception as error:  # transforms and networks raise whatever they stumble over
-        raise UserError(
-            f'{source}: an image cannot be prepared and classified ({reason(error)}) with {data_config}; correct that'
-        ) from error
+        raise UserError(f'{source}: cannot classify an image ({reason(error)}) with {data_config}; mend it') from error
     check_finite(logits, source)
 
 
@@ -92,46 +71,32 @@ def find_images(names: Iterable[str]) -> List[str]:
     extensions = {extension for extension, kind in kinds if Image.MIME.get(kind, '').startswith('image/')}
     found = []
     for name in names:
-        if os.path.isfile(name):
-            found.append(name)
-        elif os.path.isdir(name):
-            files = (file for file in sorted(Path(name).rglob('[!.]*')) if file.suffix.lower() in extensions)
-            images = [str(file) for file in files if file.is_file()]
-            if not images:
-                raise UserError(f'{name}: holds no images; expected .jpg, .png, .webp or the like in it or below it')
-            found += images
-        else:
+        if not os.path.exists(name):
             raise UserError(f'{name or repr(name)}: no such file or folder; give images or folders of images')
+        images = [name]
+        if os.path.isdir(name):
+            files = [file for file in sorted(Path(name).rglob('[!.]*')) if file.is_file()]
+            images = [str(file) for file in files if file.suffix.lower() in extensions]
+        if not images:
+            raise UserError(f'{name}: holds no images; expected .jpg, .png, .webp or the like in it or below it')
+        found += images
     return found
 
 
-def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5) -> List[List[Prediction]]:
-    """Each image's `topk` most probable classes (all of them if there are fewer), the most probable first.
+def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5) -> Iterator[List[Dict[str, Any]]]:
+    """Each image's `topk` most probable classes (all, if there are fewer), the most probable first.
 
-    Args:
-        model: A classifier of timm in evaluation mode, which says how images are prepared.
-        images: Images with 8 bits a channel, read only as they are needed.
-
-    Raises:
-        UserError: The outputs aren't finite.
+    Of a class there are `label`, `index` in the classifier, and `probability` from 0 to 1. A UserError if the outputs
+    aren't finite.
     """
-    labels = class_labels(model)
-    data_config = resolve_data_config(model=model)
-    transform, mode = create_transform(**data_config, is_training=False), image_mode(data_config)
-    device = next(model.parameters()).device
-    results = []
-    images = iter(images)
-    while batch := [transform(image.convert(mode)) for image in islice(images, BATCH_SIZE)]:
-        with torch.inference_mode():
-            logits = model(torch.stack(batch).to(device)).float()
+    labels, data_config = class_labels(model), resolve_data_config(model=model)
+    for image in images:
+        logits = _logits(model, image, data_config)
         check_finite(logits, model.pretrained_cfg['architecture'])
-        top = logits.softmax(dim=1).topk(min(topk, model.num_classes))
-        results += [
-            [Prediction(labels[i], i, p) for p, i in zip(*row)]
-            for row in zip(top.values.tolist(), top.indices.tolist())
-        ]
-    return results
+        top = logits.softmax(dim=0).topk(min(topk, len(labels)))
+        classes = zip(top.values.tolist(), top.indices.tolist())
+        yield [{'label': labels[index], 'index': index, 'probability': value} for value, index in classes]
 
 
-def prediction_lines(predictions: List[Prediction]) -> str:
-    return '\n'.join(f'{100 * probability:7.2f} %  {label}' for label, _, probability in predictions)
+def prediction_lines(predictions: List[Dict[str, Any]]) -> str:
+    return '\n'.join(f'{100 * p["probability"]:7.2f} %  {p["label"]}' for p in predictions)

@@ -2,27 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, List, NamedTuple, Sequence, Tuple
 
 import torch
+import torch.nn as nn
 from PIL import Image, ImageOps
 from timm.data import ImageDataset, create_loader
 from timm.task.evaluator import ClassificationEvaluator
 from tqdm import tqdm
 
 from ..errors import UserError, reason
-
-__all__ = [
-    'ImageFolder',
-    'Score',
-    'check_device',
-    'check_finite',
-    'check_same_classes',
-    'image_mode',
-    'read_image',
-    'score',
-    'split_folder',
-]
 
 
 class Score(NamedTuple):
@@ -50,7 +39,7 @@ def check_finite(logits: torch.Tensor, source) -> None:
         raise UserError(f'{source}: the outputs are not finite; take weights from before the training diverged')
 
 
-def image_mode(data_config: Dict[str, Any]) -> str:
+def image_mode(data_config: dict) -> str:
     """Pillow's mode of the images that a network takes: 'L' for one channel, 'RGB' for three, or a ValueError."""
     channels = data_config['input_size'][0]
     if channels not in (1, 3):
@@ -61,9 +50,7 @@ def image_mode(data_config: Dict[str, Any]) -> str:
 def read_image(path, mode: str = 'RGB', upright: bool = True) -> Image.Image:
     """An image with 8 bits a channel; a UserError if it is none, or damaged, or has grey values of unknown range.
 
-    Args:
-        mode: 'L' or 'RGB'.
-        upright: Turn it the way its EXIF data says. timm's data sets, for training and for scoring, don't.
+    With `upright` it is turned the way its EXIF data says. timm's data sets, for training and for scoring, don't.
     """
     try:
         with Image.open(path) as opened:
@@ -88,16 +75,10 @@ def split_folder(data_dir, split: str) -> Path:
 class ImageFolder(ImageDataset):
     """timm's images of `{root}/<class>/<image>`, but one that can't be read is an error, not replaced by the next.
 
-    Args:
-        data_config: As `timm.data.resolve_data_config` gives it.
-        num_classes: How many classes the images must be of.
-        transform: What prepares an image; timm's loader sets its own.
-
-    Raises:
-        UserError: There is no such folder, or it holds no images or another number of classes.
+    A UserError if there are none, or of another number of classes. timm's loader sets a transform of its own.
     """
 
-    def __init__(self, root, data_config: Dict[str, Any], num_classes: int, transform=None) -> None:
+    def __init__(self, root, data_config: dict, num_classes: int, transform=None) -> None:
         if not os.path.isdir(root):
             raise UserError(f'{root}: no such folder; expected the images as {root}/<class>/<image>')
         try:
@@ -106,10 +87,8 @@ class ImageFolder(ImageDataset):
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
         self.label_names = [*self.reader.class_to_idx]  # in the order of their numbers
         if len(self.label_names) != num_classes:
-            raise UserError(
-                f'{root}: holds {len(self.label_names)} classes ({", ".join(self.label_names[:4])}, …), but the model '
-                f'tells {num_classes} apart; give the data that it was trained on'
-            )
+            told = f'{len(self.label_names)} classes ({", ".join(self.label_names[:4])}, …)'
+            raise UserError(f'{root}: holds {told}, expected {num_classes}; give the data that belongs to the network')
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, label = self.reader.samples[index]
@@ -122,37 +101,24 @@ def check_same_classes(images: ImageFolder, expected: Sequence[str], source) -> 
     if expected and images.label_names != [*expected]:
         mine, given = {*expected}, {*images.label_names}
         lacks, adds = (', '.join(sorted(names)[:4]) or 'none' for names in (mine - given, given - mine))
-        raise UserError(
-            f'{images.reader.root}: its classes, or their order, are not those of {source} (missing: {lacks}; added: '
-            f'{adds}), so labels would be mistaken; give the data that the network was trained on'
-        )
+        told = f'its classes, or their order, are not those of {source} (missing: {lacks}; added: {adds})'
+        raise UserError(f'{images.reader.root}: {told}, so labels would be mistaken; give data of those classes')
 
 
 def score(
-    model: torch.nn.Module,
-    images: Any,
-    data_config: Dict[str, Any],
-    batch_size: int = 128,
-    workers: int = 2,
-    device: torch.device = torch.device('cpu'),
-    desc: str = 'scoring',
+    model: nn.Module, images, data_config: dict, batch_size: int = 128, workers: int = 2, desc: str = 'scoring'
 ) -> Score:
-    """Accuracy on images, with timm's loader and a progress bar on stderr.
+    """Accuracy on images, where the model is, with timm's loader and a progress bar on stderr.
 
-    Args:
-        model: Images (B, C, height, width) to logits (B, num_classes).
-        images: An `ImageFolder`, or another data set with `label_names` whose transform timm's loader may set.
-        data_config: As `timm.data.resolve_data_config` gives it.
-        desc: Label of the progress bar.
-
-    Raises:
-        UserError: An image can't be read, or the outputs are not finite.
+    `images` is an `ImageFolder`, or another data set with `label_names` whose transform timm's loader may set. A
+    UserError if an image can't be read, or the outputs are not finite.
     """
+    device = next(model.parameters(), torch.empty(0)).device  # an ONNX file has no parameters, and is on the CPU
     loader = create_loader(
         images, **data_config, batch_size=batch_size, num_workers=workers, use_prefetcher=False, device=device
     )
     evaluator = ClassificationEvaluator(device)
-    model.to(device).eval()
+    model.eval()
     try:
         # closed in any case, so that an error starts on a line of its own
         with torch.inference_mode(), tqdm(loader, desc=desc, unit='batch') as batches:
@@ -163,6 +129,5 @@ def score(
     except UserError as error:
         # one of a worker process arrives with its traceback for a message
         raise UserError(str(error).rpartition(f'{UserError.__name__}: ')[2].strip()) from error
-    model.cpu()
     top1, top5 = (round(evaluator.compute()[name], 3) for name in ('top1', 'top5'))
     return Score(top1, top5, evaluator.num_samples, images.label_names)
