@@ -142,8 +142,6 @@ SIGNAL = 'try: os.kill(os.getpid(), signal.{}); time.sleep(60)\n    finally: pri
         (BAR + 'raise UserError("mend it")', '{command} <&- >&- 2>&-', {}, 1, '', ''),
         ('print("\\udcff – é")', '{command}', {'PYTHONIOENCODING': 'ascii'}, 0, '\\udcff \\u2013 \\xe9\n', ''),
         ('print("\\udcff –")', '{command}', {'PYTHONIOENCODING': 'utf-8'}, 0, '\\udcff –\n', ''),
-        ('print("all")', '{command} > /dev/full', {}, 1, '', 'error: the output cannot be written: [Errno 28]'),
-        ('print("all"); sys.exit(3)', '{command} > /dev/full', {'PYTHONUNBUFFERED': ''}, 3, '', ''),
         (SIGNAL.format('SIGTERM'), '{command}', {}, 143, 'cleaned up\n', ''),
         (SIGNAL.format('SIGHUP'), '{command}', {}, 129, 'cleaned up\n', ''),
     ],

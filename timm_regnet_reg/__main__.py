@@ -62,16 +62,6 @@ def _spare_the_cores(args: argparse.Namespace) -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _flush(text: str = '') -> Optional[OSError]:
-    """Writes out what was printed, and `text`; if that fails, drops it, as python would try again, and says why."""
-    try:
-        print(end=text, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error
-    return None
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs a command, with its arguments, or that of the process, whose streams and signals are then prepared.
 
@@ -90,12 +80,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if argv is None:
         _prepare_process()
 
-    message, failure = '', None
     try:
         args = _create_parser().parse_args(arguments)
         if argv is None:
             _spare_the_cores(args)
         args.main(args)
+        sys.stdout.flush()
+        return 0
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
@@ -105,22 +96,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and 'DefaultCPUAllocator' not in str(error):
             raise
         message = f'out of memory ({str(error).splitlines()[0]}); give a smaller batch or smaller images'
-    except OSError:
-        failure = _flush('\n')  # nothing may be left to write: does anything go through?
-        if failure is None:
-            raise
-    except SystemExit:
-        _flush()
-        raise
-    failure = failure or _flush()
-    if failure and not message:
-        if isinstance(failure, BrokenPipeError):
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # nobody reads; python would try again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        message = f'the output cannot be written: {failure}'
-    if message:
-        # here, where the error's frames are gone, and their progress bars with them: the message starts a line
-        print(f'regnet-reg: error: {message}', file=sys.stderr)
-    return 1 if message else 0
+        raise
+    # here, where the error's frames are gone, and their progress bars with them: the message starts a line
+    print(f'regnet-reg: error: {message}', file=sys.stderr)
+    return 1
 
 
 if __name__ == '__main__':
