@@ -96,7 +96,7 @@ def test_network_in_training_mode_is_folded_as_in_evaluation_mode():
 def test_reparameterized_network_is_copied_saved_and_scripted(net, tmp_path):
     model = lively(net)
     x = images(model)
-    folded, other = reparameterize_model(model), reparameterize_model(create(net))
+    folded, other = reparameterize_model(model), reparameterize_model(create(net).eval())
     other.load_state_dict(folded.state_dict())
     torch.save(folded, tmp_path / 'model.pt')
     with torch.no_grad():

@@ -204,15 +204,16 @@ def test_network_is_its_equations(name, size, kwargs, training):
     x = random_image(2, 3, *size)
     sd = copy.deepcopy(model.state_dict())
     depths = {'18': (2, 2, 2, 2), '20': (3, 3, 3), '50': (3, 4, 6, 3), '56': (9, 9, 9)}
-    depths = depths[re.search(r'resne.t(\d+)', name)[1]]
+    depths = depths[re.search(r'resnex?t(\d+)', name)[1]]
     cell = next((cell for cell in CELLS if cell in name), None)
     with torch.no_grad():
         expected = reference.network(sd, x, depths, cell, training=training, **kwargs)
         actual = model(x)
     assert expected.std() > 1e-3, 'the comparison is empty'
-    check(actual, expected, OUTPUT_64, name)
+    tolerance = 1e-9 if training else OUTPUT_64  # batch statistics of few pixels make rounding errors large
+    check(actual, expected, tolerance, name)
     for key, t in model.state_dict().items():
-        check(t, sd[key], OUTPUT_64, key)
+        check(t, sd[key], tolerance, key)
 
 
 # ResNeXt's three forms

@@ -34,7 +34,7 @@ def network(name, regulate_kwargs, **kwargs):
     return enliven(model if regulate_kwargs is None else regulate(model, **regulate_kwargs))
 
 
-@pytest.mark.filterwarnings('ignore:.*:FutureWarning')  # huggingface_hub's about its own arguments
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # huggingface_hub's about its own arguments
 @pytest.mark.parametrize(
     'name, regulate_kwargs, kwargs',
     [

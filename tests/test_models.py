@@ -310,7 +310,8 @@ def test_grad_checkpointing_changes_nothing_but_memory(net, feature_cls):
         (model.model if feature_cls == 'getter' else model).set_grad_checkpointing(enable)
         forwards.clear()
         assert_close(train_step(model.double(), x), expected, 1e-9)
-        assert set(forwards.values()) == {times}, 'every block runs again in backward, if asked to'
+        if feature_cls in (None, 'getter'):  # timm's other extractors choose themselves what they checkpoint
+            assert set(forwards.values()) == {times}, 'every block runs again in backward'
 
 
 # Inputs of every kind
@@ -325,7 +326,7 @@ def test_any_image_and_batch_size(net, size):
         _, features = model.forward_intermediates(x)
         assert [f.shape for f in features] == [f.shape for f in plain.forward_intermediates(x)[1]]
         assert all(f.isfinite().all() for f in features)
-        assert_close([model(image[None])[0] for image in x], model(x), 1e-4)
+        assert_close(torch.cat([model(image[None]) for image in x]), model(x), 1e-4)
 
 
 @pytest.mark.parametrize('net', NETS)

@@ -255,7 +255,7 @@ def test_every_model_has_a_config_and_its_default_tag():
 # Fine-tuned and saved
 
 
-@pytest.mark.filterwarnings('ignore:.*:FutureWarning')  # huggingface_hub's about its own arguments
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # huggingface_hub's about its own arguments
 def test_fine_tuned_warm_start_saved_by_timm_loads_with_its_regulators(timm_hub, tmp_path):
     """Its config still says that it started warm; the regulators must be those in the file all the same."""
     model = timm.create_model(WARM, pretrained=True, num_classes=3, regulated_stages=(1, 2))

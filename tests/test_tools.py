@@ -214,8 +214,8 @@ def train_in_two(rank, folder):
             weights[net, way] = train(wrap(model), slice(2 * rank, 2 * rank + 2))
     torch.save(weights, f'{folder}/{rank}.pt')
     dist.barrier()
-    # caches of DTensor's and DDP keep gloo's threads alive, and one that lets go of a last tensor while Python shuts down
-    # aborts the process: it ends without shutting down
+    # DDP and DTensor's caches keep gloo's threads alive, and one that frees a tensor while Python shuts down aborts the
+    # process: so it ends without shutting down
     os._exit(0)
 
 
