@@ -33,10 +33,6 @@ with_onnx = pytest.mark.skipif(
 )
 
 
-def batch_norms(model):
-    return [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
-
-
 # Folding
 
 
@@ -56,33 +52,25 @@ def test_reparameterized_network_gives_the_same_outputs(net):
         kinds = {type(module) for stage in left.stages() for module in stage.modules()}
         assert not kinds & {nn.BatchNorm2d, nn.SyncBatchNorm}, 'batch norms outside the stem'
     if net != 'bottleneck blur':  # there a blur comes before the stem's last batch norm
-        assert not batch_norms(inside_another)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in inside_another.modules())
     assert not [name for name in folded.state_dict() if name.endswith(('pointwise', 'depthwise'))]
 
 
 @typical
-def test_reparameterizing_leaves_the_network_itself_untouched(net):
+def test_reparameterized_network_says_that_it_trains_no_more_and_the_given_one_does(net):
     model = lively(net)
-    before = copy.deepcopy(model.state_dict())
-    reparameterize_model(nn.Sequential(model))
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    model.train()(images(model)).square().mean().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@typical
-def test_reparameterized_network_says_that_it_trains_no_more(net):
-    model = lively(net)
-    x = images(model)
+    x, before = images(model), copy.deepcopy(model.state_dict())
     for folded in (reparameterize_model(model), reparameterize_model(nn.Sequential(model))[0]):
         folded.eval()
         with pytest.raises(RuntimeError, match='reparameterised for inference, and trains no more'):
             folded.train()
         assert not any(module.training for module in folded.modules()), 'half in training mode'
         with torch.no_grad():
-            assert_close(folded.eval()(x), model(x), FOLDED)
+            assert_close(folded(x), model(x), FOLDED)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    model.train()(x).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_network_in_training_mode_is_folded_as_in_evaluation_mode():
@@ -141,23 +129,18 @@ def test_exports_for_any_batch_and_image_size(net, prepare):
             assert_close(exported(x), model(x), FOLDED if prepare is reparameterize_model else 1e-5, str(size))
 
 
-def onnx_outputs(path, *batches):
-    model = export.OnnxModel(path)
-    return [model(batch) for batch in batches]
-
-
 @with_onnx
 @pytest.mark.parametrize('net', ['cifar', 'bottleneck d'])
 def test_onnx_runtime_gives_the_same_outputs_for_any_batch_size(net, tmp_path):
     import onnx
 
     model = lively(net)
-    batches = [images(model, batch) for batch in (1, 2, 5)]
-    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=batches[0].shape[1:])
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=images(model).shape[1:])
     path = tmp_path / 'net.onnx'
     export.export_onnx(model, path)
-    with torch.no_grad():
-        assert_close(onnx_outputs(path, *batches), [model(batch) for batch in batches], FOLDED)
+    onnx_model = export.OnnxModel(path)
+    for x in (images(model, batch) for batch in (1, 2, 5)):
+        assert_close(onnx_model(x), model(x), FOLDED)
     assert export.largest_difference(model, path) <= 1e-4
 
     file = onnx.load(path)
@@ -180,7 +163,7 @@ def test_int8_file_is_smaller_and_nearly_right(tmp_path):
     photograph = nn.functional.interpolate(photograph, scale_factor=0.5) / 64 - 2
     x = nn.functional.unfold(photograph, 32, stride=32).mT.reshape(-1, 3, 32, 32)  # 60 pieces of it
     export.quantize(full, quantized, x.split(20))
-    expected, actual = onnx_outputs(full, x)[0], onnx_outputs(quantized, x)[0]
+    expected, actual = export.OnnxModel(full)(x), export.OnnxModel(quantized)(x)
     spread = (expected - expected.mean(0)).norm()
     assert 0 < (actual - expected).norm() < 0.15 * spread
     assert quantized.stat().st_size < 0.5 * full.stat().st_size

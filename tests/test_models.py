@@ -43,10 +43,6 @@ def backbone_of(name):
     return re.sub('^(cifar|regnet_reg)_|_conv.*$', '', name)
 
 
-def is_cifar(name):
-    return backbone_of(name) in CIFAR
-
-
 def test_timm_lists_exactly_these_models():
     assert len(MODELS) == len(set(MODELS)) == 103
     assert sorted(timm.list_models(module='regnet_reg')) == sorted([*MODELS, 'regnet_reg'])
@@ -73,7 +69,7 @@ def test_default_cfg_and_feature_info_describe_the_network(name):
     cfg = model.default_cfg
     assert cfg is model.pretrained_cfg
     assert cfg['architecture'] == name
-    if is_cifar(name):
+    if backbone_of(name) in CIFAR:
         assert (cfg['input_size'], cfg['num_classes']) == ((3, 32, 32), 10)
         assert cfg['mean'] == pytest.approx((0.4914, 0.4822, 0.4465), abs=5e-4)  # of CIFAR-10's training images
         assert cfg['std'] == pytest.approx((0.2470, 0.2435, 0.2616), abs=5e-4)
@@ -103,7 +99,7 @@ ADDED = re.compile(
 @pytest.mark.parametrize('name', SOME_CELLS)
 def test_plain_part_of_the_state_dict_is_timms_own(name):
     actual = {key: t.shape for key, t in timm.create_model(name, device='meta').state_dict().items()}
-    if is_cifar(name):
+    if backbone_of(name) in CIFAR:
         plain = timm.create_model(f'cifar_{backbone_of(name)}', device='meta')
     elif backbone_of(name) in IN_TIMM:
         plain = timm.create_model(backbone_of(name), device='meta')

@@ -143,24 +143,21 @@ def test_warm_start_of_a_d_variant(hub, tmp_path):
     assert model.pretrained_cfg['first_conv'] == 'conv1.0'
 
 
-@pytest.mark.parametrize('kind', ['safetensors', 'pth.tar', 'state_dict', 'hf_hub_id'])
 @pytest.mark.parametrize('name', ['resnet18', WARM])
-def test_overlay_names_other_weights(timm_hub, tmp_path, name, kind):
+def test_overlay_names_other_weights(timm_hub, tmp_path, name):
     """Of a backbone, or of a regulated network, whose regulators are loaded, too."""
     other = randomize(timm.create_model(name, num_classes=5), seed=3).eval()
-    value = other.state_dict() if kind == 'state_dict' else 'owner/other'
-    if kind == 'hf_hub_id':
-        timm_hub.add_repo(value, files_of(other, tmp_path))
-    elif kind == 'safetensors':
-        value = str(tmp_path / 'checkpoint.safetensors')
-        safetensors.torch.save_file(other.state_dict(), value)
-    elif kind == 'pth.tar':
-        value = str(tmp_path / 'checkpoint.pth.tar')
-        torch.save(dict(state_dict=other.state_dict(), epoch=3), value)
-    overlay = {kind if kind in ('state_dict', 'hf_hub_id') else 'file': value, 'num_classes': 5}
-    model = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    with torch.no_grad():
-        assert_close(model(images()), other(images()), 1e-4)
+    timm_hub.add_repo('owner/other', files_of(other, tmp_path / 'other'))
+    torch.save(dict(state_dict=other.state_dict(), epoch=3), tmp_path / 'last.pth.tar')
+    for overlay in (
+        dict(hf_hub_id='owner/other'),
+        dict(file=str(tmp_path / 'other/model.safetensors')),
+        dict(file=str(tmp_path / 'last.pth.tar')),
+        dict(state_dict=other.state_dict()),
+    ):
+        model = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=5)).eval()
+        with torch.no_grad():
+            assert_close(model(images()), other(images()), 1e-4)
     assert not any(REPO in request for request in timm_hub.requests)
 
 
@@ -322,37 +319,23 @@ INSTALLED = f"""
 import json, sys, timm, timm_regnet_reg, safetensors.torch
 images = safetensors.torch.load_file(sys.argv[1])['images']
 model = timm.create_model({MODEL!r}, pretrained=True).eval()
-print(json.dumps([
-    timm_regnet_reg.__file__, model(images).tolist(), model.pretrained_cfg, timm.list_pretrained({MODEL!r})]))
+print(json.dumps([model(images).tolist(), model.pretrained_cfg, timm.list_pretrained({MODEL!r})]))
 """
-
-
-def python(code, *args, cwd, **env):
-    """Runs code in a fresh process whose packages are those in `cwd` and this one's."""
-    return subprocess.run(
-        [sys.executable, '-c', code, *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, 'PYTHONPATH': str(cwd), **env},
-    )
 
 
 def test_installed_package_finds_the_weights_inside_itself(trained, packaged, hub, tmp_path):
     """In the layout of the wheel, whose weights are in the package, in a fresh process."""
-    site = tmp_path / 'site'
-    code = Path(timm_regnet_reg.__file__).parent
+    code, site = Path(timm_regnet_reg.__file__).parent, tmp_path / 'site'
     shutil.copytree(code, site / code.name, ignore=shutil.ignore_patterns('pretrained_cfgs', '__pycache__'))
     weights = site / code.name / 'pretrained_cfgs'
     shutil.copytree(packaged, weights / packaged.name)
     (weights / '.half.new').mkdir()
     (weights / '.half.new/config.json').write_text('{')  # somebody packages another one meanwhile
     safetensors.torch.save_file({'images': images(size=32)}, tmp_path / 'images')
-    run = python(INSTALLED, tmp_path / 'images', cwd=site, **hub.env(tmp_path / 'home'))
-    assert run.returncode == 0, run.stderr
-    file, outputs, cfg, listed = json.loads(run.stdout.splitlines()[-1])
-    assert Path(file).parent == site / code.name
+    env = {**os.environ, 'PYTHONPATH': str(site), **hub.env(tmp_path / 'home')}
+    command = [sys.executable, '-c', INSTALLED, tmp_path / 'images']
+    run = subprocess.run(command, cwd=site, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    outputs, cfg, listed = json.loads(run.stdout.splitlines()[-1])
     assert outputs == trained.model(images(size=32)).tolist()
     assert cfg['file'] == str(weights / packaged.name / 'model.safetensors')
     assert (cfg['architecture'], cfg['tag'], tuple(cfg['label_names'])) == (MODEL, 'tiny', CLASSES)
