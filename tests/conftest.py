@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from hub_server import hub  # noqa: F401, a fixture
+from networks import randomize
 
 import timm_regnet_reg  # noqa: F401, registers the models
 from timm_regnet_reg.__main__ import main
@@ -40,7 +41,7 @@ def image_folder(tmp_path_factory):
 def trained(tmp_path_factory):
     """`checkpoint`: what timm's own CheckpointSaver writes for train.py; `recipe`: a YAML file; `model`; `ema`."""
     folder = tmp_path_factory.mktemp('run')
-    model, ema = (_stirred(seed) for seed in (1, 2))
+    model, ema = (randomize(timm.create_model(MODEL, num_classes=3), seed).eval() for seed in (1, 2))
     args = argparse.Namespace(
         model=MODEL,
         num_classes=3,
@@ -82,17 +83,6 @@ def full_disk(kibibytes):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def _stirred(seed):
-    """A model none of whose parameters and statistics are still those of an untrained one."""
-    torch.manual_seed(seed)
-    model = timm.create_model(MODEL, num_classes=3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        model.train()(torch.randn(8, 3, 32, 32))
-    return model.eval()
 
 
 def package_command(trained, image_folder, output, **changed):

@@ -4,8 +4,6 @@ Nothing here comes from the package under test: cells, blocks, stages and networ
 equations, with the same symbols, one operation a line, in whatever dtype the tensors have (the tests use float64).
 Only the names of the parameters are the package's. A state dict is a flat mapping of names to tensors, and
 `within(sd, 'layer1.0')` is the part of it that belongs to one module.
-
-`cell` is also the naive regulator that `bench` times: two convolutions per gate, as the text has them.
 """
 
 from typing import Dict, Optional, Sequence, Tuple
@@ -16,11 +14,7 @@ from torch import Tensor
 
 StateDict = Dict[str, Tensor]
 
-GATES = {
-    'convrnn': ('h',),
-    'convgru': ('z', 'r', 'h'),
-    'convlstm': ('i', 'f', 'o', 'g'),
-}
+GATES = {'convrnn': ('h',), 'convgru': ('z', 'r', 'h'), 'convlstm': ('i', 'f', 'o', 'g')}
 
 
 def within(sd: StateDict, prefix: str) -> StateDict:
@@ -32,11 +26,7 @@ def within(sd: StateDict, prefix: str) -> StateDict:
 
 
 def cell(
-    kind: str,
-    params: StateDict,
-    X: Tensor,
-    H: Optional[Tensor] = None,
-    C: Optional[Tensor] = None,
+    kind: str, params: StateDict, X: Tensor, H: Optional[Tensor] = None, C: Optional[Tensor] = None
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """One step of a regulator cell.
 
@@ -151,15 +141,7 @@ def add_shortcut(sd: StateDict, X1: Tensor, X: Tensor, stride: int, shortcut: st
 # Blocks
 
 
-def regulate(
-    sd: StateDict,
-    kind: str,
-    cell_params: StateDict,
-    X2: Tensor,
-    H: Optional[Tensor],
-    C: Optional[Tensor],
-    training: bool,
-) -> Tuple[Tensor, Optional[Tensor]]:
+def regulate(sd, kind, cell_params, X2, H, C, training):
     """H = ReLU(BN(cell(X2, state))), which the block uses and hands on; C is handed on as it is."""
     H, C = cell(kind, cell_params, X2, H, C)
     return torch.relu(batch_norm(within(sd, 'regulator_bn'), H, training)), C
@@ -171,19 +153,7 @@ def fusion(sd: StateDict, X: Tensor, H: Tensor) -> Tensor:
     return conv(torch.cat([X, H], dim=1), weight)
 
 
-def basic_block(
-    sd: StateDict,
-    X1: Tensor,
-    kind: Optional[str] = None,
-    cell_params: Optional[StateDict] = None,
-    H: Optional[Tensor] = None,
-    C: Optional[Tensor] = None,
-    stride: int = 1,
-    first_dilation: int = 1,
-    dilation: int = 1,
-    shortcut: str = 'conv',
-    training: bool = False,
-) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+def basic_block(sd, X1, kind, cell_params, H, C, stride, first_dilation, dilation, shortcut, training):
     """Basic block, plain when `kind` is None: (B, channels, height, width) and state -> output and state."""
     X2 = conv(X1, sd['conv1.weight'], stride, first_dilation)
     X2 = torch.relu(batch_norm(within(sd, 'bn1'), X2, training))
@@ -198,19 +168,7 @@ def basic_block(
     return torch.relu(add_shortcut(sd, X1, X4, stride, shortcut, training)), H, C
 
 
-def bottleneck(
-    sd: StateDict,
-    X1: Tensor,
-    kind: Optional[str] = None,
-    cell_params: Optional[StateDict] = None,
-    H: Optional[Tensor] = None,
-    C: Optional[Tensor] = None,
-    stride: int = 1,
-    first_dilation: int = 1,
-    dilation: int = 1,
-    shortcut: str = 'conv',
-    training: bool = False,
-) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+def bottleneck(sd, X1, kind, cell_params, H, C, stride, first_dilation, dilation, shortcut, training):
     """Bottleneck, plain when `kind` is None; its one 3x3 convolution takes the stride and the first dilation."""
     X2 = torch.relu(batch_norm(within(sd, 'bn1'), conv(X1, sd['conv1.weight']), training))
     X3 = conv(X2, sd['conv2.weight'], stride, first_dilation)
@@ -242,21 +200,12 @@ def stage(
 ) -> Tensor:
     """`depth` blocks that share one cell, whose state starts at zero; plain when `kind` is None."""
     block = bottleneck if '0.conv3.weight' in sd else basic_block
+    cell_params = within(sd, 'regulator')
     H = C = None
     for t in range(depth):
-        x, H, C = block(
-            within(sd, str(t)),
-            x,
-            kind,
-            within(sd, 'regulator'),
-            H,
-            C,
-            stride=stride if t == 0 else 1,
-            first_dilation=first_dilation if t == 0 else dilation,
-            dilation=dilation,
-            shortcut=shortcut,
-            training=training,
-        )
+        own = within(sd, str(t))
+        x, H, C = block(own, x, kind, cell_params, H, C, stride, first_dilation, dilation, shortcut, training)
+        stride, first_dilation = 1, dilation  # those given are the first block's
     return x
 
 
@@ -266,7 +215,6 @@ def network(
     depths: Sequence[int],
     kind: Optional[str] = None,
     regulated_stages: Optional[Sequence[int]] = None,
-    form: str = 'imagenet',
     output_stride: int = 32,
     shortcut: str = 'conv',
     training: bool = False,
@@ -276,37 +224,28 @@ def network(
     Args:
         sd: State dict of the network.
         x: Images.
-        depths: Blocks of each stage.
+        depths: Blocks of each stage. Four stages are the ImageNet form (7x7 stem of stride 2, max pooling), three the
+            CIFAR form (3x3 stem).
         kind: Cell; None makes a plain network.
         regulated_stages: Stages, counted from 1, that have a regulator; None is all of them.
-        form: 'imagenet' (7x7 stem of stride 2, max pooling) or 'cifar' (3x3 stem).
         output_stride: Stride from which on stages dilate instead, in the ImageNet form.
         shortcut: 'conv', 'pad' or 'none'.
         training: Normalise by the batch.
     """
-    x = conv(x, sd['conv1.weight'], 2 if form == 'imagenet' else 1)
+    imagenet = len(depths) == 4
+    x = conv(x, sd['conv1.weight'], 2 if imagenet else 1)
     x = torch.relu(batch_norm(within(sd, 'bn1'), x, training))
-    if form == 'imagenet':
+    if imagenet:
         x = F.max_pool2d(x, 3, 2, 1)
-    reduction, dilation = (4 if form == 'imagenet' else 1), 1
+    reduction, dilation = (4 if imagenet else 1), 1
     for i, depth in enumerate(depths, start=1):
         stride, first_dilation = (1 if i == 1 else 2), dilation
-        if form == 'imagenet' and stride * reduction > output_stride:
+        if imagenet and stride * reduction > output_stride:
             dilation *= stride
             stride = 1
         reduction *= stride
-        regulated = regulated_stages is None or i in regulated_stages
-        x = stage(
-            within(sd, f'layer{i}'),
-            x,
-            depth,
-            kind if regulated else None,
-            stride,
-            first_dilation,
-            dilation,
-            shortcut,
-            training,
-        )
+        own_kind = kind if regulated_stages is None or i in regulated_stages else None
+        x = stage(within(sd, f'layer{i}'), x, depth, own_kind, stride, first_dilation, dilation, shortcut, training)
     return F.linear(x.mean((2, 3)), sd['fc.weight'], sd['fc.bias'])
 
 

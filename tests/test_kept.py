@@ -1,9 +1,6 @@
 """Networks with arguments of their own, and those that `regulate` gives, saved by timm and loaded by it again."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,19 +9,10 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-from test_equations import enliven
-from timm.models import (
-    load_checkpoint,
-    push_to_hf_hub,
-    resolve_model_input_args,
-    resume_checkpoint,
-    save_for_hf,
-)
+from networks import TINY, enliven
+from timm.models import load_checkpoint, push_to_hf_hub, resolve_model_input_args, resume_checkpoint, save_for_hf
 
-import timm_regnet_reg
 from timm_regnet_reg import pretrained, regulate
-
-TINY = dict(layers=(2, 1, 1, 2), channels=(16, 32, 48, 64))
 
 
 def images(channels=3):
@@ -40,15 +28,13 @@ def load(source, **kwargs):
     return timm.create_model(source, pretrained=True, **kwargs).eval()
 
 
-def kept(folder, name, regulate_kwargs, **kwargs):
-    """A network that is nowhere at its start any more, saved: (network, its name for timm)."""
+def network(name, regulate_kwargs, **kwargs):
+    """A network that is nowhere at its start any more, regulated if arguments for that are given."""
     model = timm.create_model(name, **kwargs)
-    if regulate_kwargs is not None:
-        model = regulate(model, **regulate_kwargs)
-    model = enliven(model)
-    return model, save(model, folder)
+    return enliven(model if regulate_kwargs is None else regulate(model, **regulate_kwargs))
 
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # huggingface_hub's about its own arguments
 @pytest.mark.parametrize(
     'name, regulate_kwargs, kwargs',
     [
@@ -70,20 +56,22 @@ def kept(folder, name, regulate_kwargs, **kwargs):
     ],
     ids=str,
 )
-def test_saved_network_comes_back(tmp_path, name, regulate_kwargs, kwargs):
-    model, saved = kept(tmp_path / 'saved', name, regulate_kwargs, **kwargs)
+def test_saved_and_published_network_comes_back(hub, tmp_path, name, regulate_kwargs, kwargs):
+    model = network(name, regulate_kwargs, **kwargs)
+    saved = save(model, tmp_path / 'saved')
+    push_to_hf_hub(model, 'owner/name', safe_serialization=True)
     x = images(model.in_chans)
     with torch.no_grad():
-        loaded = load(saved)
-        assert type(loaded) is type(model) and list(loaded.state_dict()) == list(model.state_dict())
-        assert torch.equal(loaded(x), model(x)) and loaded(x).abs().max() > 1e-3
+        for loaded in (load('hf-hub:owner/name'), load(saved)):
+            assert type(loaded) is type(model) and list(loaded.state_dict()) == list(model.state_dict())
+            assert torch.equal(loaded(x), model(x)) and loaded(x).abs().max() > 1e-3
         assert torch.equal(load(saved, num_classes=7).forward_features(x), model.forward_features(x))
         intermediates = model.forward_intermediates(x, intermediates_only=True)
         assert all(map(torch.equal, load(saved, features_only=True)(x), intermediates))
         for in_chans in {1, 3} - {model.in_chans}:
-            grey = load(saved, in_chans=in_chans, num_classes=7)
-            assert grey(images(in_chans)).shape == (2, 7)
-            assert torch.equal(grey.layer2[0].conv1.weight, model.layer2[0].conv1.weight)
+            other = load(saved, in_chans=in_chans, num_classes=7)
+            assert other(images(in_chans)).shape == (2, 7)
+            assert torch.equal(other.layer2[0].conv1.weight, model.layer2[0].conv1.weight)
     assert load(saved, drop_path_rate=0.1).train()(x).requires_grad
     assert torch.equal(load(save(loaded, tmp_path / 'again'))(x), model(x))
 
@@ -110,53 +98,15 @@ def test_folder_of_an_earlier_version_gives_the_outputs_that_it_gave(hub, folder
 def test_checkpoint_of_an_earlier_version_is_the_same_network_bit_for_bit(tmp_path):
     """As train.py writes it, for `--resume` and `--initial-checkpoint`."""
     model = enliven(timm.create_model('regnet_reg_resnet20_convlstm'))
-    old = {}
-    for key, value in model.state_dict().items():
-        if key.endswith('fusion_conv_x.weight'):
-            h = model.state_dict()[key.replace('conv_x', 'conv_h')]
-            old[key.replace('conv_x', 'conv')] = torch.cat([value, h], dim=1)
-        elif not key.endswith('fusion_conv_h.weight'):
-            old[key] = value
+    old = model.state_dict()
+    for key in [key for key in old if key.endswith('fusion_conv_x.weight')]:
+        parts = old.pop(key), old.pop(key.replace('conv_x', 'conv_h'))
+        old[key.replace('conv_x', 'conv')] = torch.cat(parts, dim=1)
     torch.save({'epoch': 4, 'state_dict': old, 'state_dict_ema': old}, tmp_path / 'old.pth.tar')
-    for read in (resume_checkpoint, load_checkpoint):
+    for read, kwargs in ((resume_checkpoint, {}), (load_checkpoint, {}), (load_checkpoint, dict(use_ema=True))):
         again = timm.create_model('regnet_reg_resnet20_convlstm').eval()
-        read(again, tmp_path / 'old.pth.tar')
+        read(again, tmp_path / 'old.pth.tar', **kwargs)
         assert torch.equal(again(images()), model(images()))
-    ema = timm.utils.ModelEmaV3(timm.create_model('regnet_reg_resnet20_convlstm'))
-    load_checkpoint(ema.module, tmp_path / 'old.pth.tar', use_ema=True)
-    assert torch.equal(ema.module.eval()(images()), model(images()))
-
-
-FRESH = """
-import sys, timm, timm_regnet_reg, safetensors.torch
-images, *outputs = safetensors.torch.load_file(sys.argv[1]).values()
-for source, expected in zip(sys.argv[2:], outputs):
-    model = timm.create_model(source, pretrained=True).eval()
-    assert (model(images) == expected).all(), source
-"""
-
-
-def test_published_network_comes_back_in_a_fresh_process(hub, tmp_path):
-    model, saved = kept(tmp_path / 'saved', 'ecaresnet50t', dict(stages=(2,)), **TINY)
-    plain = regulate(enliven(timm.create_model('cifar_resnet20')))
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # huggingface_hub's about its own arguments
-        push_to_hf_hub(plain, 'owner/regulated', safe_serialization=True)
-    with torch.no_grad():
-        outputs = {'1': model(images()), '2': plain(images())}
-    safetensors.torch.save_file({'0': images(), **outputs}, tmp_path / 'images')
-    run = subprocess.run(
-        [sys.executable, '-c', FRESH, tmp_path / 'images', saved, 'hf-hub:owner/regulated'],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            'PYTHONPATH': str(Path(timm_regnet_reg.__file__).parents[1]),
-            'OMP_NUM_THREADS': '1',  # as here: more threads round otherwise
-            **hub.env(tmp_path / 'home'),
-        },
-    )
-    assert run.returncode == 0, run.stderr
 
 
 def surgery(model):
@@ -192,13 +142,18 @@ def test_network_that_timm_makes_again_is_regulated_without_a_warning():
             regulate(change(timm.create_model('resnet50d', drop_path_rate=0.1, num_classes=3, device='meta')))
 
 
-@pytest.mark.parametrize('name', ['regnet_reg_resnet20_convlstm', 'regnet_reg'])
-def test_packaged_weights_bring_their_arguments(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    'name, made_of, regulate_kwargs, kwargs',
+    [
+        ('regnet_reg', 'cifar_resnet20', dict(stages=(1,)), {}),
+        ('regnet_reg_resnet20_convlstm', 'regnet_reg_resnet20_convlstm', None, dict(regulated_stages=(1,))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_packaged_weights_bring_their_arguments(tmp_path, monkeypatch, name, made_of, regulate_kwargs, kwargs):
     """As a folder of the project's own, which the registry reads."""
-    if name == 'regnet_reg':
-        model, _ = kept(tmp_path / f'{name}.tag', 'cifar_resnet20', dict(stages=(1,)), shortcut='pad')
-    else:
-        model, _ = kept(tmp_path / f'{name}.tag', name, None, regulated_stages=(1,), shortcut='pad')
+    model = network(made_of, regulate_kwargs, shortcut='pad', **kwargs)
+    save(model, tmp_path / f'{name}.tag')
     monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', tmp_path)
     cfg = pretrained.trained_cfgs()[f'{name}.tag']
     loaded = load(name, pretrained_cfg=cfg)
@@ -221,7 +176,7 @@ def test_init_weights_starts_everything_again(shortcut):
         for p in model.parameters():
             p.add_(1)
     model.init_weights()
-    last = dict(model.named_parameters())['layer1.0.bn2.weight']
+    last = model.layer1[0].bn2.weight
     assert last.any() if shortcut == 'none' else not last.any()
     for key, value in model.state_dict().items():
         if value.ndim == 4:  # a kernel: as large as at the start, and another one

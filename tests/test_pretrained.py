@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,13 @@ import torch
 from conftest import CLASSES, MODEL
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
+from networks import CELLS, assert_close, randomize
 from timm.models import get_pretrained_cfg, push_to_hf_hub, save_for_hf
 
 import timm_regnet_reg
 from timm_regnet_reg import pretrained
 from timm_regnet_reg.weights.folder import check_folder
 
-CELLS = ('convrnn', 'convgru', 'convlstm')
 WARM = 'regnet_reg_resnet18_convlstm'
 REPO = 'timm/resnet18.a1_in1k'
 OURS = timm.list_models(['regnet_reg_*', 'cifar_resnet*', 'cifar_seresnet*'])
@@ -42,19 +41,6 @@ def trained_names(name=''):
     return [folder.name for folder in FOLDERS if folder.name.startswith(name)]
 
 
-def look_trained(model, seed=0):
-    """Give a network batch norms, and last batch norms, that no fresh network has."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.uniform_(0.3, 1.2, generator=generator)
-                module.bias.normal_(std=0.3, generator=generator)
-                module.running_mean.normal_(std=0.3, generator=generator)
-                module.running_var.uniform_(0.5, 2, generator=generator)
-    return model.eval()
-
-
 def files_of(model, folder):
     """What timm writes for the model: `config.json` and `model.safetensors`, by name."""
     save_for_hf(model, str(folder), safe_serialization=True)
@@ -64,8 +50,7 @@ def files_of(model, folder):
 @pytest.fixture(scope='module')
 def resnet18(tmp_path_factory):
     """`(network, its files)`, as timm publishes them: a resnet18.a1_in1k that has been through something."""
-    torch.manual_seed(0)
-    model = look_trained(timm.create_model('resnet18.a1_in1k'))
+    model = randomize(timm.create_model('resnet18.a1_in1k')).eval()
     return model, files_of(model, tmp_path_factory.mktemp('resnet18'))
 
 
@@ -78,16 +63,6 @@ def timm_hub(hub, resnet18):
 
 def images(channels=3, size=64):
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def assert_same(actual, expected, tolerance=1e-4):
-    """Equal to a tolerance relative to the largest value; lists element by element."""
-    if isinstance(expected, torch.Tensor):
-        actual, expected = [actual], [expected]
-    assert len(actual) == len(expected)
-    for a, e in zip(actual, expected):
-        assert a.shape == e.shape and e.abs().max() > 1e-3
-        assert (a - e).abs().max() <= tolerance * e.abs().max()
 
 
 def error_of(name, **kwargs):
@@ -108,7 +83,7 @@ def test_warm_start_has_its_backbones_outputs(timm_hub, resnet18, cell, tag):
     assert all(torch.equal(state[key], value) for key, value in resnet18[0].state_dict().items())
     assert any('.regulator' in key for key in state)
     with torch.no_grad():
-        assert_same(model(images()), resnet18[0](images()))
+        assert_close(model(images()), resnet18[0](images()))
 
 
 def test_warm_start_is_what_regulate_makes_of_the_backbone(timm_hub, resnet18):
@@ -122,26 +97,23 @@ def test_warm_start_is_what_regulate_makes_of_the_backbone(timm_hub, resnet18):
 @pytest.mark.parametrize(
     'kwargs',
     [
-        dict(in_chans=1),
         dict(in_chans=4),
         dict(output_stride=8),
         dict(regulated_stages=(1,)),
         dict(regulated_stages=()),
-        dict(num_classes=0),
-        dict(features_only=True),
+        dict(num_classes=0, dtype=torch.float64),
+        dict(features_only=True, num_classes=7),
         dict(features_only=True, out_indices=(1, 3), output_stride=16, in_chans=1),
-        dict(num_classes=7, in_chans=1, features_only=True),
-        dict(dtype=torch.float64),
     ],
-    ids=lambda kwargs: ' '.join(f'{key}={value}' for key, value in kwargs.items()),
+    ids=str,
 )
 def test_warm_start_takes_the_arguments_that_timms_backbone_takes(timm_hub, kwargs):
     model = timm.create_model(WARM, pretrained=True, **kwargs).eval()
-    kwargs.pop('regulated_stages', None)
+    kwargs = {key: value for key, value in kwargs.items() if key != 'regulated_stages'}
     plain = timm.create_model('resnet18.a1_in1k', pretrained=True, **kwargs).eval()
     x = images(kwargs.get('in_chans', 3)).to(kwargs.get('dtype', torch.float32))
     with torch.no_grad():
-        assert_same(model(x), plain(x), tolerance=1e-10 if 'dtype' in kwargs else 1e-4)
+        assert_close(model(x), plain(x), tolerance=1e-10 if 'dtype' in kwargs else 1e-4)
 
 
 @pytest.mark.parametrize('stages', [None, (1,)])
@@ -149,7 +121,7 @@ def test_warm_start_of_any_backbone(timm_hub, resnet18, stages):
     model = timm.create_model('regnet_reg', True, backbone='resnet18', cell='convgru', regulated_stages=stages).eval()
     assert sum('.regulator.' in key for key in model.state_dict()) == 3 * (4 if stages is None else 1)
     with torch.no_grad():
-        assert_same(model(images()), resnet18[0](images()))
+        assert_close(model(images()), resnet18[0](images()))
 
 
 @pytest.mark.parametrize('backbone', ['local-dir:resnet18', 'hf-hub:timm/resnet18.a1_in1k'])
@@ -158,67 +130,35 @@ def test_a_backbone_that_is_not_registered_is_refused(backbone):
         timm.create_model('regnet_reg', backbone=backbone)
 
 
-def test_warm_start_with_other_classes_keeps_the_backbones_features(timm_hub, resnet18):
-    model = timm.create_model(WARM, pretrained=True, num_classes=7).eval()
-    with torch.no_grad():
-        assert model(images()).shape == (2, 7)
-        assert_same(model.forward_features(images()), resnet18[0].forward_features(images()))
-
-
 def test_warm_start_of_a_d_variant(hub, tmp_path):
     """Its stem is a Sequential, so that the channels of `conv1.0` are what in_chans adapts. One block a stage."""
     small = dict(layers=(1, 1, 1, 1))
-    hub.add_repo('timm/resnet50d.ra2_in1k', files_of(look_trained(timm.create_model('resnet50d', **small)), tmp_path))
+    hub.add_repo('timm/resnet50d.ra2_in1k', files_of(randomize(timm.create_model('resnet50d', **small)), tmp_path))
     for kwargs in ({}, dict(in_chans=1, features_only=True)):
         model = timm.create_model('regnet_reg_resnet50d_convgru', pretrained=True, **small, **kwargs).eval()
         plain = timm.create_model('resnet50d', pretrained=True, **small, **kwargs).eval()
         x = images(kwargs.get('in_chans', 3))
         with torch.no_grad():
-            assert_same(model(x), plain(x))
+            assert_close(model(x), plain(x))
     assert model.pretrained_cfg['first_conv'] == 'conv1.0'
 
 
-def test_overlay_with_the_file_of_a_backbone(hub, resnet18, tmp_path):
-    """timm's own models have no `file` either, so the overlay's comes before the Hub."""
-    file = tmp_path / 'resnet18.safetensors'
-    file.write_bytes(resnet18[1]['model.safetensors'])
-    model = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=dict(file=str(file))).eval()
-    with torch.no_grad():
-        assert_same(model(images()), resnet18[0](images()))
-    assert hub.requests == []
-
-
-@pytest.mark.parametrize('suffix', ['.safetensors', '.pth.tar'])
-def test_overlay_with_the_file_of_a_regulated_network_loads_its_regulators(hub, tmp_path, suffix):
-    trained = look_trained(timm.create_model(WARM, num_classes=5), seed=3)
-    file = str(tmp_path / f'checkpoint{suffix}')
-    if suffix == '.safetensors':
-        safetensors.torch.save_file(trained.state_dict(), file)
-    else:
-        torch.save(dict(state_dict=trained.state_dict(), epoch=3), file)
-    overlay = dict(file=file, num_classes=5)
-    loaded = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    with torch.no_grad():
-        assert torch.equal(loaded(images()), trained(images()))
-    assert hub.requests == []
-
-
-def test_overlay_with_another_repository(timm_hub, tmp_path):
-    other = look_trained(timm.create_model('resnet18'), seed=4)
-    timm_hub.add_repo('owner/other', files_of(other, tmp_path))
-    overlay = dict(hf_hub_id='owner/other')
-    model = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    with torch.no_grad():
-        assert_same(model(images()), other(images()))
+@pytest.mark.parametrize('name', ['resnet18', WARM])
+def test_overlay_names_other_weights(timm_hub, tmp_path, name):
+    """Of a backbone, or of a regulated network, whose regulators are loaded, too."""
+    other = randomize(timm.create_model(name, num_classes=5), seed=3).eval()
+    timm_hub.add_repo('owner/other', files_of(other, tmp_path / 'other'))
+    torch.save(dict(state_dict=other.state_dict(), epoch=3), tmp_path / 'last.pth.tar')
+    for overlay in (
+        dict(hf_hub_id='owner/other'),
+        dict(file=str(tmp_path / 'other/model.safetensors')),
+        dict(file=str(tmp_path / 'last.pth.tar')),
+        dict(state_dict=other.state_dict()),
+    ):
+        model = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=5)).eval()
+        with torch.no_grad():
+            assert_close(model(images()), other(images()), 1e-4)
     assert not any(REPO in request for request in timm_hub.requests)
-
-
-def test_overlay_with_a_state_dict(hub, resnet18):
-    overlay = dict(state_dict=resnet18[0].state_dict())
-    model = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    with torch.no_grad():
-        assert_same(model(images()), resnet18[0](images()))
-    assert hub.requests == []
 
 
 def test_warm_start_offline_from_the_cache(timm_hub, resnet18, monkeypatch, tmp_path):
@@ -232,27 +172,18 @@ def test_warm_start_offline_from_the_cache(timm_hub, resnet18, monkeypatch, tmp_
     for kwargs in ({}, dict(cache_dir=cache)):
         model = timm.create_model(WARM, pretrained=True, **kwargs).eval()
         with torch.no_grad():
-            assert_same(model(images()), resnet18[0](images()))
+            assert_close(model(images()), resnet18[0](images()))
     assert timm_hub.requests == []
 
 
-def test_cached_warm_start_survives_a_lost_network(timm_hub, resnet18):
-    timm.create_model(WARM, pretrained=True)
-    timm_hub.close()
-    model = timm.create_model(WARM, pretrained=True).eval()
-    with torch.no_grad():
-        assert_same(model(images()), resnet18[0](images()))
-
-
-@pytest.mark.parametrize('kind', ['drop', '500'])
-def test_failed_download_leaves_a_usable_cache(timm_hub, resnet18, kind):
-    timm_hub.fault(kind, 'read')
-    with pytest.raises((OSError, HTTPError)):  # of the Hub's client
+def test_failed_download_is_the_hubs_clients_error_and_leaves_a_usable_cache(timm_hub, resnet18):
+    timm_hub.fault('drop', 'read')
+    with pytest.raises((OSError, HTTPError)):
         timm.create_model(WARM, pretrained=True)
     timm_hub.faults.clear()
     model = timm.create_model(WARM, pretrained=True).eval()
     with torch.no_grad():
-        assert_same(model(images()), resnet18[0](images()))
+        assert_close(model(images()), resnet18[0](images()), 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +197,7 @@ def test_failed_download_leaves_a_usable_cache(timm_hub, resnet18, kind):
         (dict(norm_layer='groupnorm'), 'regulate() accepts'),
     ],
 )
-def test_warm_start_refuses_another_network(hub, resnet18, tmp_path, kwargs, key):
+def test_warm_start_refuses_another_network(hub, resnet18, kwargs, key):
     state_dict = dict(resnet18[0].state_dict())
     state_dict.pop(key, None)
     message = error_of(WARM, pretrained_cfg_overlay=dict(state_dict=state_dict), **kwargs)
@@ -288,16 +219,6 @@ def test_warm_start_has_timms_own_config():
         renamed = dict(architecture=None, tag=None, description=None)
         assert dataclasses.replace(cfg, **renamed) == dataclasses.replace(theirs, **renamed)
         assert cfg.hf_hub_id.split('/')[0] == 'timm' and cfg.file is None and cfg.source is None
-
-
-@pytest.mark.parametrize('name', ['resnet18.a1_in1k', 'resnet50.a1_in1k', 'resnext101_32x4d.fb_swsl_ig1b_ft_in1k'])
-def test_warm_start_resolves_to_the_data_config_of_its_backbone(name):
-    backbone, tag = name.split('.')
-    ours, theirs = (
-        [timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict(), use_test_size=test) for test in (True, False)]
-        for cfg in (get_pretrained_cfg(f'regnet_reg_{backbone}_convgru.warm_{tag}'), get_pretrained_cfg(name))
-    )
-    assert ours == theirs
 
 
 def test_list_pretrained_is_timms_backbones_and_the_trained_folders():
@@ -331,30 +252,19 @@ def test_every_model_has_a_config_and_its_default_tag():
 # Fine-tuned and saved
 
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # huggingface_hub's about its own arguments
 def test_fine_tuned_warm_start_saved_by_timm_loads_with_its_regulators(timm_hub, tmp_path):
     """Its config still says that it started warm; the regulators must be those in the file all the same."""
-    torch.manual_seed(5)
     model = timm.create_model(WARM, pretrained=True, num_classes=3, regulated_stages=(1, 2))
-    before = model.layer1.regulator.depthwise.detach().clone()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for _ in range(2):
-        loss = torch.nn.functional.cross_entropy(model.train()(images(size=32)), torch.tensor([0, 2]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert not torch.equal(model.layer1.regulator.depthwise, before)
     with torch.no_grad():
-        expected = model.eval()(images())
-
+        for p in model.parameters():
+            p.mul_(1 + 0.1 * torch.rand_like(p))
+    expected = model.eval()(images())
     files_of(model, tmp_path / 'saved')
     assert json.loads((tmp_path / 'saved/config.json').read_text())['pretrained_cfg']['tag'] == 'warm_a1_in1k'
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # huggingface_hub's about its own arguments
-        push_to_hf_hub(model, 'owner/tuned', safe_serialization=True)
+    push_to_hf_hub(model, 'owner/tuned', safe_serialization=True)
     for source in (f'local-dir:{tmp_path / "saved"}', 'hf-hub:owner/tuned'):
-        loaded = timm.create_model(source, pretrained=True).eval()
-        with torch.no_grad():
-            assert torch.equal(loaded(images()), expected)
+        assert torch.equal(timm.create_model(source, pretrained=True).eval()(images()), expected)
         features = timm.create_model(source, pretrained=True, num_classes=9).eval().forward_features(images())
         assert torch.equal(features, model.forward_features(images()))
 
@@ -396,15 +306,6 @@ def test_trained_weights_load_without_network(trained, folder, hub, load):
     assert hub.requests == []
 
 
-def test_published_weights_are_kept_in_the_given_cache(trained, folder, hub, tmp_path, monkeypatch):
-    hub.add_repo('owner/tiny', {path.name: path.read_bytes() for path in folder.iterdir()})
-    for offline in (False, True):
-        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
-        model = timm.create_model('hf-hub:owner/tiny', pretrained=True, cache_dir=str(tmp_path / 'mine')).eval()
-        assert torch.equal(model(images(size=32)), trained.model(images(size=32)))
-    assert not os.path.exists(constants.HF_HUB_CACHE)
-
-
 def test_overlay_of_trained_weights_with_another_repository_or_file(trained, folder, hub, tmp_path):
     """They come with a file, which must not hide what the overlay asks for."""
     hub.add_repo('owner/ema', files_of(trained.ema, tmp_path / 'ema'))
@@ -418,37 +319,23 @@ INSTALLED = f"""
 import json, sys, timm, timm_regnet_reg, safetensors.torch
 images = safetensors.torch.load_file(sys.argv[1])['images']
 model = timm.create_model({MODEL!r}, pretrained=True).eval()
-print(json.dumps([
-    timm_regnet_reg.__file__, model(images).tolist(), model.pretrained_cfg, timm.list_pretrained({MODEL!r})]))
+print(json.dumps([model(images).tolist(), model.pretrained_cfg, timm.list_pretrained({MODEL!r})]))
 """
-
-
-def python(code, *args, cwd, **env):
-    """Runs code in a fresh process whose packages are those in `cwd` and this one's."""
-    return subprocess.run(
-        [sys.executable, '-c', code, *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, 'PYTHONPATH': str(cwd), **env},
-    )
 
 
 def test_installed_package_finds_the_weights_inside_itself(trained, packaged, hub, tmp_path):
     """In the layout of the wheel, whose weights are in the package, in a fresh process."""
-    site = tmp_path / 'site'
-    code = Path(timm_regnet_reg.__file__).parent
+    code, site = Path(timm_regnet_reg.__file__).parent, tmp_path / 'site'
     shutil.copytree(code, site / code.name, ignore=shutil.ignore_patterns('pretrained_cfgs', '__pycache__'))
     weights = site / code.name / 'pretrained_cfgs'
     shutil.copytree(packaged, weights / packaged.name)
     (weights / '.half.new').mkdir()
     (weights / '.half.new/config.json').write_text('{')  # somebody packages another one meanwhile
     safetensors.torch.save_file({'images': images(size=32)}, tmp_path / 'images')
-    run = python(INSTALLED, tmp_path / 'images', cwd=site, **hub.env(tmp_path / 'home'))
-    assert run.returncode == 0, run.stderr
-    file, outputs, cfg, listed = json.loads(run.stdout.splitlines()[-1])
-    assert Path(file).parent == site / code.name
+    env = {**os.environ, 'PYTHONPATH': str(site), **hub.env(tmp_path / 'home')}
+    command = [sys.executable, '-c', INSTALLED, tmp_path / 'images']
+    run = subprocess.run(command, cwd=site, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    outputs, cfg, listed = json.loads(run.stdout.splitlines()[-1])
     assert outputs == trained.model(images(size=32)).tolist()
     assert cfg['file'] == str(weights / packaged.name / 'model.safetensors')
     assert (cfg['architecture'], cfg['tag'], tuple(cfg['label_names'])) == (MODEL, 'tiny', CLASSES)
@@ -484,10 +371,6 @@ def edit(change):
     return damage
 
 
-def to_integers(state_dict):
-    state_dict['layer1.0.conv1.weight'] = (100 * state_dict['layer1.0.conv1.weight']).to(torch.int8)
-
-
 def replace_by(name):
     return lambda file: safetensors.torch.save_file(timm.create_model(name, num_classes=3).state_dict(), file)
 
@@ -512,12 +395,12 @@ def test_a_classifier_of_another_width_is_refused_unless_it_is_replaced(folder, 
     [
         (edit(lambda s: s.pop('layer2.0.regulator_bn.weight')), '1 weights are missing: layer2.0.regulator_bn.weight.'),
         (edit(lambda s: s.update(extra=torch.ones(1))), '1 weights are unexpected: extra.'),
-        (
-            edit(lambda s: s.update({'layer1.0.bn1.weight': torch.ones(9)})),
-            'size mismatch for layer1.0.bn1.weight',
-        ),
+        (edit(lambda s: s.update({'layer1.0.bn1.weight': torch.ones(9)})), 'size mismatch for layer1.0.bn1.weight'),
         (edit(lambda s: s['layer3.2.conv2.weight'][0, 0].fill_(torch.nan)), 'not finite: layer3.2.conv2.weight.'),
-        (edit(to_integers), 'not floating-point tensors: layer1.0.conv1.weight.'),
+        (
+            edit(lambda s: s.update({'layer1.0.bn1.bias': torch.ones(16).char()})),
+            'not floating-point tensors: layer1.0.bn1.b',
+        ),
         (replace_by('regnet_reg_resnet20_convgru'), 'size mismatch for layer1.regulator'),
         (replace_by('cifar_resnet20'), 'weights are missing: layer1.0.regulator_bn.weight'),
     ],
@@ -531,19 +414,3 @@ def test_bad_weights_are_refused_by_name(folder, load, kwargs, damage, message):
     assert message in str(error.value)
     # torch tells of shapes, when it loads
     assert 'size mismatch' in message or f'weights of {MODEL} could not be loaded' in str(error.value)
-
-
-class Intruder:
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
-def test_pickle_in_place_of_the_weights_runs_nothing(folder, tmp_path):
-    (folder / 'model.safetensors').unlink()
-    torch.save({'conv1.weight': Intruder(tmp_path / 'was here')}, folder / 'pytorch_model.bin')
-    with pytest.raises(Exception, match='weights_only'):
-        load_from_folder(folder)
-    assert not (tmp_path / 'was here').exists()

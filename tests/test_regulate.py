@@ -7,15 +7,13 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from test_equations import enliven
+from networks import CELLS, TINY, assert_close, enliven, images
 from timm.models import ResNet
 
 from timm_regnet_reg import regulate
 from timm_regnet_reg.blocks import RegulatedStage
 from timm_regnet_reg.networks import RegulatedResNet
 
-CELLS = ('convrnn', 'convgru', 'convlstm')
-TINY = dict(layers=(2, 1, 1, 2), channels=(16, 32, 48, 64))
 BACKBONES = {
     'resnet18': ('resnet18', {}),
     'resnet50': ('resnet50', {}),
@@ -53,22 +51,10 @@ BACKBONES = {
 }
 
 
-def backbone(kind, **kwargs):
+def backbone(kind):
     """With random weights and statistics that leave no layer at its neutral start."""
-    name, model_kwargs = BACKBONES[kind]
-    return enliven(timm.create_model(name, **dict(model_kwargs, **kwargs)))
-
-
-def images(model, batch=2):
-    size = 32 if model.pretrained_cfg['input_size'][-1] == 32 else 64
-    return torch.randn(batch, model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def difference(actual, expected):
-    """Largest difference, relative to the largest expected value."""
-    assert actual.shape == expected.shape
-    assert expected.isfinite().all() and expected.abs().max() > 1e-3, 'the comparison is empty'
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
+    name, kwargs = BACKBONES[kind]
+    return enliven(timm.create_model(name, **kwargs))
 
 
 @pytest.mark.parametrize(
@@ -82,32 +68,20 @@ def difference(actual, expected):
 )
 def test_outputs_are_unchanged_and_so_is_the_given_network(kind, cell):
     model = backbone(kind)
-    before = copy.deepcopy(model)
-    x = images(model)
+    before, x = copy.deepcopy(model), images(model)
     regulated = regulate(model, cell)
     assert isinstance(regulated, RegulatedResNet)
     assert all(isinstance(stage, RegulatedStage) for stage in regulated.stages())
-    with torch.no_grad():
-        assert difference(regulated(x), model(x)) < 1e-4
     weights = regulated.state_dict()
     assert all(torch.equal(weights[key], t) for key, t in model.state_dict().items())
-    for p in regulated.parameters():
-        p.data.add_(1)  # nothing is shared
-    assert type(model) is type(before)
-    assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
+    with torch.no_grad():
+        assert_close(regulated(x), model(x), 1e-4)
+        assert_close(regulate(model.double(), cell)(x.double()), model(x.double()), 1e-10)
+        model.float()
+        for p in regulated.parameters():
+            p.add_(1)  # nothing is shared
+    assert type(model) is type(before) and str(model) == str(before)
     assert all(torch.equal(t, u) for t, u in zip(model.state_dict().values(), before.state_dict().values()))
-
-    model, x = model.double(), x.double()
-    with torch.no_grad():
-        assert difference(regulate(model, cell)(x), model(x)) < 1e-10
-
-
-def test_a_fresh_network_takes_part_too():
-    # its residual branches give zero, and its batch norms are neutral
-    model = timm.create_model('resnet18').eval()
-    x = images(model)
-    with torch.no_grad():
-        assert difference(regulate(model)(x), model(x)) < 1e-4
 
 
 @pytest.mark.parametrize('again', [False, True], ids=['made', 'initialised again'])
@@ -129,12 +103,13 @@ def test_an_untrained_network_starts_as_its_backbone(name, plain, kwargs, again)
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in plain.state_dict()})
     x = images(plain, 32)
     with torch.no_grad():
-        assert difference(model.eval()(x), plain.eval()(x)) < 1e-4
-        in_training = difference(model.train()(x), plain.train()(x))  # batch statistics are not quite what is expected
-        assert in_training < 0.15
+        assert_close(model.eval()(x), plain.eval()(x), 1e-4)
+        expected = plain.train()(x)
+        difference = (model.train()(x) - expected).abs().max()  # batch statistics are not quite what is expected
+        assert difference < 0.15 * expected.abs().max()
         for block in (block for stage in model.stages() for block in stage):
             block.fusion_conv_x.weight.normal_()
-        assert difference(model(x), plain(x)) > 3 * in_training, 'the fusion makes no difference'
+        assert (model(x) - expected).abs().max() > 3 * difference, 'the fusion makes no difference'
 
 
 @pytest.mark.parametrize('kwargs', [dict(act_layer='silu'), dict(norm_layer='groupnorm1')])
@@ -157,16 +132,13 @@ def test_gradients_reach_every_regulator_from_the_first_step(kind, cell):
     depths = {f'layer{i}': len(stage) for i, stage in enumerate(regulated.stages(), start=1)}
     for name, p in regulated.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
-        if 'regulator' not in name and 'fusion' not in name:
-            continue
-        gradient = p.grad
         if '.regulator.' in name:
-            # a gate that only ever weighs a zero state has no gradient in a stage of a single block
-            gates = gradient.chunk({'convrnn': 1, 'convgru': 3, 'convlstm': 4}[cell])
-            idle = {'convrnn': (), 'convgru': (1,), 'convlstm': (1,)}[cell] if depths[name.split('.')[0]] == 1 else ()
-            gradient = torch.stack([g for i, g in enumerate(gates) if i not in idle])
-            assert all(g.any() for g in gradient), name
-        assert gradient.any(), name
+            gates = list(p.grad.chunk({'convrnn': 1, 'convgru': 3, 'convlstm': 4}[cell]))
+            if depths[name.split('.')[0]] == 1 and cell != 'convrnn':
+                del gates[1]  # r and f only ever weigh a zero state in a stage of a single block
+            assert all(gate.any() for gate in gates), name
+        elif 'regulator' in name or 'fusion' in name:
+            assert p.grad.any(), name
 
 
 def test_regulators_learn():
@@ -178,10 +150,9 @@ def test_regulators_learn():
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    moved = {name: (t - start[name]).abs().max().item() for name, t in model.named_parameters()}
-    for name, by in moved.items():
+    for name, p in model.named_parameters():
         if '.regulator.' in name or '.fusion_conv' in name:
-            assert by > 1e-7, name
+            assert (p - start[name]).abs().max() > 1e-7, name
     assert model.layer1[0].fusion_conv_h.weight.abs().max() > 1e-4, 'the state has no influence yet'
 
 
@@ -206,12 +177,9 @@ def test_mode_and_frozen_parameters_are_kept():
     model.conv1.requires_grad_(False)
     model.layer2[0].conv1.weight.requires_grad_(False)
     regulated = regulate(model)
-    flags = dict(model.named_modules())
+    modes = {name: module.training for name, module in model.named_modules() if name != 'layer1'}
     for name, module in regulated.named_modules():
-        if name == 'layer1' or name not in flags:
-            assert module.training, name
-        else:
-            assert module.training == flags[name].training, name
+        assert module.training == modes.get(name, True), name
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     for name, p in regulated.named_parameters():
         assert p.requires_grad == trainable.get(name, True), name
@@ -238,14 +206,10 @@ def test_settings_of_batch_norm_are_kept():
     norms = [m for m in regulated.modules() if isinstance(m, nn.BatchNorm2d)]
     assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
     with torch.no_grad():
-        assert difference(regulated(images(model)), model(images(model))) < 1e-4
-    group = 'a group'
-    synced = nn.SyncBatchNorm.convert_sync_batchnorm(backbone('basic'))
-    for module in synced.modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            module.process_group = group
+        assert_close(regulated(images(model)), model(images(model)), 1e-4)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(backbone('basic'), process_group='a group')
     added = regulate(synced).layer1[0].fusion_bn
-    assert isinstance(added, nn.SyncBatchNorm) and added.process_group == group
+    assert isinstance(added, nn.SyncBatchNorm) and added.process_group == 'a group'
 
 
 @pytest.mark.parametrize('stages', [None, (1,)])
@@ -263,116 +227,80 @@ def test_grad_checkpointing_is_kept(stages):
 
 
 @pytest.mark.parametrize(
-    'kind, stages, found',
-    [
-        ('d', (1,), [1]),
-        ('d', [4, 2], [2, 4]),
-        ('d', (), []),
-        ('d', None, [1, 2, 3, 4]),
-        ('cifar', (3,), [3]),
-        ('cifar', None, [1, 2, 3]),
-    ],
+    'kind, stages, found', [('d', (1,), [1]), ('d', [4, 2], [2, 4]), ('d', (), []), ('cifar', (3,), [3])]
 )
 def test_only_the_stages_asked_for(kind, stages, found):
     model = backbone(kind)
     regulated = regulate(model, stages=stages)
     assert [i for i, stage in enumerate(regulated.stages(), start=1) if isinstance(stage, RegulatedStage)] == found
-    x = images(model)
     with torch.no_grad():
-        assert difference(regulated(x), model(x)) < 1e-4
-        if not found:
-            assert list(regulated.state_dict()) == list(model.state_dict())
-            assert torch.equal(regulated(x), model(x))
+        assert_close(regulated(images(model)), model(images(model)), 1e-4 if found else 0)
+    assert found or list(regulated.state_dict()) == list(model.state_dict())
 
 
-def test_the_result_is_the_registered_network():
-    for kind, name in (('resnet18', 'regnet_reg_resnet18_convgru'), ('cifar', 'regnet_reg_resnet20_convgru')):
-        regulated = regulate(backbone(kind), 'convgru')
-        registered = timm.create_model(name).eval()
-        registered.load_state_dict(regulated.state_dict(), strict=True)
-        x = images(regulated)
-        with torch.no_grad():
-            assert torch.equal(registered(x), regulated(x))
-            assert all(
-                torch.equal(a, b)
-                for a, b in zip(
-                    registered.forward_intermediates(x, intermediates_only=True),
-                    regulated.forward_intermediates(x, intermediates_only=True),
-                )
-            )
-            assert difference(torch.jit.script(regulated)(x), regulated(x)) < 1e-5
-        regulated.set_grad_checkpointing()
-        regulated.reset_classifier(5)
-        assert regulated(x).shape == (2, 5)
+@pytest.mark.parametrize(
+    'kind, name', [('resnet18', 'regnet_reg_resnet18_convgru'), ('cifar', 'regnet_reg_resnet20_convgru')]
+)
+def test_the_result_is_the_registered_network(kind, name):
+    regulated, registered = regulate(backbone(kind), 'convgru'), timm.create_model(name).eval()
+    registered.load_state_dict(regulated.state_dict(), strict=True)
+    x = images(regulated)
+    with torch.no_grad():
+        assert torch.equal(registered(x), regulated(x))
+        assert_close(torch.jit.script(regulated)(x), regulated(x))
+    regulated.reset_classifier(5)
+    assert regulated(x).shape == (2, 5)
 
 
 # What is refused
 
 
-def pruned():
-    model = timm.create_model('resnet18')
-    model.prune_intermediate_layers([2])
-    return model
+def made(name, **kwargs):
+    return lambda: timm.create_model(name, **kwargs)
 
 
-def tied():
-    model = timm.create_model('cifar_resnet20')
-    model.layer2[2] = model.layer2[1]
-    return model
+def altered(change):
+    def make():
+        model = timm.create_model('test_resnet')
+        change(model)
+        return model
 
-
-def looped():
-    model = timm.create_model('test_resnet')
-    model.layer3 = model.layer2
-    return model
-
-
-def cut(layer4):
-    model = timm.create_model('test_resnet')
-    model.layer4 = layer4
-    return model
+    return make
 
 
 class Grandchild(ResNet):
     pass
 
 
+small = made('test_resnet')
+not_affine = made('resnet18', norm_layer=lambda n, **kwargs: nn.BatchNorm2d(n, affine=False, **kwargs))
+
+
 @pytest.mark.parametrize(
     'make, error, what',
     [
-        (lambda: timm.create_model('test_vit'), TypeError, 'VisionTransformer'),
-        (lambda: timm.create_model('resnet18', features_only=True), TypeError, 'FeatureListNet'),
-        (
-            lambda: timm.create_model('resnet18', features_only=True, feature_cls='getter'),
-            TypeError,
-            'FeatureGetterNet',
-        ),
-        (lambda: timm.create_model('regnetx_002'), TypeError, 'RegNet'),
-        (lambda: timm.create_model('skresnet18'), TypeError, 'SelectiveKernelBasic'),
+        (made('test_vit'), TypeError, 'VisionTransformer'),
+        (made('resnet18', features_only=True), TypeError, 'FeatureListNet'),
+        (made('regnetx_002'), TypeError, 'RegNet'),
+        (made('skresnet18'), TypeError, 'SelectiveKernelBasic'),
         (lambda: Grandchild(timm.models.resnet.BasicBlock, (1, 1, 1, 1)), TypeError, 'Grandchild'),
-        (lambda: nn.DataParallel(timm.create_model('resnet18')), TypeError, 'DataParallel'),
-        (lambda: torch.jit.script(timm.create_model('test_resnet')), TypeError, 'RecursiveScriptModule'),
-        (lambda: regulate(timm.create_model('resnet18')), ValueError, 'layer1.*regulated already'),
+        (lambda: torch.jit.script(small()), TypeError, 'RecursiveScriptModule'),
+        (lambda: regulate(small()), ValueError, 'layer1.*regulated already'),
+        (made('regnet_reg_resnet20_convgru', regulated_stages=(2,)), ValueError, 'layer2.*regulated already'),
+        (altered(lambda model: model.prune_intermediate_layers([2])), ValueError, 'layer3.*pruned'),
+        (altered(lambda model: setattr(model, 'layer4', None)), ValueError, 'layer4.*pruned'),
+        (altered(lambda model: setattr(model, 'layer4', nn.Identity())), ValueError, 'layer4.*pruned'),
         (
-            lambda: timm.create_model('regnet_reg_resnet20_convgru', regulated_stages=(2,)),
+            altered(lambda model: setattr(model, 'layer3', model.layer2)),
             ValueError,
-            'layer2.*regulated already',
+            'layer3.*block that it has already',
         ),
-        (pruned, ValueError, 'layer3.*pruned'),
-        (tied, ValueError, 'layer2.*block that it has already'),
-        (looped, ValueError, 'layer3.*block that it has already'),
-        (lambda: cut(None), ValueError, 'layer4.*pruned'),
-        (lambda: cut(nn.Identity()), ValueError, 'layer4.*pruned'),
-        (lambda: timm.layers.convert_splitbn_model(timm.create_model('test_resnet')), TypeError, 'SplitBatchNorm2d'),
-        (lambda: timm.create_model('ecaresnet50d_pruned'), ValueError, 'layer1.*widths, 47, 52'),
-        (lambda: timm.create_model('resnet50_gn', **TINY, norm_layer='groupnorm1'), TypeError, 'layer1.*GroupNorm1'),
-        (lambda: timm.layers.freeze_batch_norm_2d(timm.create_model('test_resnet')), TypeError, 'layer1.*Frozen'),
-        (
-            lambda: timm.create_model('resnet18', norm_layer=lambda n, **kw: nn.BatchNorm2d(n, affine=False, **kw)),
-            TypeError,
-            'layer1.*BatchNorm2d',
-        ),
-        (lambda: timm.create_model('resnet18', act_layer='silu'), TypeError, 'layer1.*SiLU'),
+        (lambda: timm.layers.convert_splitbn_model(small()), TypeError, 'SplitBatchNorm2d'),
+        (made('ecaresnet50d_pruned'), ValueError, 'layer1.*widths, 47, 52'),
+        (made('resnet50_gn', **TINY, norm_layer='groupnorm1'), TypeError, 'layer1.*GroupNorm1'),
+        (lambda: timm.layers.freeze_batch_norm_2d(small()), TypeError, 'layer1.*Frozen'),
+        (not_affine, TypeError, 'layer1.*BatchNorm2d'),
+        (made('resnet18', act_layer='silu'), TypeError, 'layer1.*SiLU'),
         (lambda: 'resnet18', TypeError, 'str'),
     ],
     ids=lambda value: value if isinstance(value, str) else '',
@@ -390,14 +318,10 @@ def test_what_cannot_be_regulated_is_told_what_can(make, error, what):
         (dict(cell='lstm'), r"'lstm'.*convrnn, convgru, convlstm"),
         (dict(cell=None), r'None.*convrnn, convgru, convlstm'),
         (dict(stages=(0,)), r'\(0,\).*from 1 to 4'),
-        (dict(stages=(5, 1)), r'\(5, 1\).*from 1 to 4'),
         (dict(stages=1), r'1.*tuple.*from 1 to 4'),
-        (dict(stages='1'), r"'1'.*tuple.*from 1 to 4"),
     ],
     ids=str,
 )
 def test_unknown_cells_and_stages_are_named(kwargs, message):
-    model = timm.create_model('test_resnet')
     with pytest.raises(ValueError, match=message):
-        regulate(model, **kwargs)
-    assert type(model) is ResNet
+        regulate(small(), **kwargs)

@@ -19,20 +19,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from .cells import RegulatorCell, reparameterize_cell
 from .equations import Kernels
 
-__all__ = [
-    'BATCH_NORMS',
-    'PlainStage',
-    'REGULATED_BLOCKS',
-    'RegulatedBasicBlock',
-    'RegulatedBottleneck',
-    'RegulatedStage',
-    'ZeroPadShortcut',
-    'ZeroShortcut',
-    'can_undo_itself',
-    'fuse_batch_norms',
-    'split_fusions',
-]
-
 
 class ZeroPadShortcut(nn.Module):
     """He et al.'s option A: every `stride`-th pixel, and zeros in the channels that are new."""
@@ -66,9 +52,7 @@ def can_undo_itself(norm: nn.Module) -> bool:
 def split_fusions(state_dict: Dict[str, Any], prefix: str = '') -> None:
     """Give fusions, in place, the names they have had since 0.3: until then X and H had one kernel, `fusion_conv`.
 
-    Args:
-        state_dict: Of a network, or of a part of it.
-        prefix: Only of the block of that name (with a dot at the end); '' is all blocks.
+    All fusions, or only that of the block with the prefix (its name and a dot).
     """
     old = f'{prefix}fusion_conv.weight'
     for key in [key for key in state_dict if key == old or not prefix and key.endswith('.fusion_conv.weight')]:
@@ -89,13 +73,7 @@ class _RegulatedBlock(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def add_regulator(self, cell: Type[RegulatorCell], norm_layer: Callable[..., nn.Module], is_last: bool) -> None:
-        """What makes of a plain block a regulated one, which computes the same.
-
-        Args:
-            cell: Class of the stage's cell.
-            norm_layer: Makes a normalisation layer for a number of channels.
-            is_last: No block follows in the stage.
-        """
+        """What makes of a plain block a regulated one, which computes the same."""
         self.step = cell.step
         self.is_last = is_last
         X_conv = self.conv1 if isinstance(self, BasicBlock) else self.conv2  # makes what the fusion reads beside H

@@ -13,8 +13,6 @@ from torch import sigmoid, tanh
 from . import fused
 from .equations import Kernels, State, convgru, convlstm, convrnn, kernels
 
-__all__ = ['CELLS', 'ConvGRU', 'ConvLSTM', 'ConvRNN', 'RegulatorCell', 'reparameterize_cell']
-
 torch.fx.wrap('kernels')  # the name that is called from here
 
 
@@ -41,12 +39,7 @@ class RegulatorCell(nn.Module):
     step: Callable[..., State]
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
-        """
-        Args:
-            channels: Channels N of the input and of the state.
-            device: Device of the parameters.
-            dtype: Type of the parameters.
-        """
+        """`channels` is N, of the input and of the state."""
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.channels, self.num_gates = channels, len(self.gates)
@@ -153,11 +146,7 @@ class _ConvLSTMStep(_Step):
         return sigmoid(self.o(X, H)) * tanh(C_new), C_new
 
 
-_STEPS: Dict[Type[RegulatorCell], Type[_Step]] = {
-    ConvRNN: _ConvRNNStep,
-    ConvGRU: _ConvGRUStep,
-    ConvLSTM: _ConvLSTMStep,
-}
+_STEPS: Dict[type, Type[_Step]] = {ConvRNN: _ConvRNNStep, ConvGRU: _ConvGRUStep, ConvLSTM: _ConvLSTMStep}
 
 
 def reparameterize_cell(cell: RegulatorCell) -> nn.Module:

@@ -23,8 +23,6 @@ import torch.fx
 import torch.nn.functional as F
 from torch import sigmoid, tanh
 
-__all__ = ['Kernels', 'State', 'conv', 'convgru', 'convlstm', 'convrnn', 'kernels', 'split_gates']
-
 # of G gates the kernels of X (G, N, 1, 3, 3), of H (G, N, 1, 3, 3) and the biases (G, N); after them the same three of
 # each gate by itself, without the dimension G
 Kernels = List[torch.Tensor]

@@ -15,8 +15,6 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from .blocks import BATCH_NORMS, PlainStage, RegulatedStage, ZeroPadShortcut, ZeroShortcut, fuse_batch_norms
 from .cells import CELLS
 
-__all__ = ['CifarRegulatedResNet', 'RegulatedResNet', 'check_arguments', 'check_cell', 'check_stages']
-
 
 class RegulatedResNet(ResNet):
     """timm's ResNet whose stages are regulated by a convolutional RNN, one cell a stage.

@@ -20,17 +20,6 @@ from .errors import UserError
 from .networks import RegulatedResNet
 from .regulate import check_regulated
 
-__all__ = [
-    'WEIGHTS_FOLDER',
-    'check_weights',
-    'filter_checkpoint',
-    'packaged_args',
-    'prepare_checkpoint',
-    'trained_cfgs',
-    'warm_start_cfg',
-    'warm_start_cfgs',
-]
-
 # in an installed package the folder lies inside it, in a checkout beside it
 WEIGHTS_FOLDER = Path(__file__).parent / 'pretrained_cfgs'
 if not WEIGHTS_FOLDER.is_dir():
@@ -60,12 +49,7 @@ def packaged_args(cfg: PretrainedCfg) -> Dict[str, Any]:
 
 
 def warm_start_cfg(name: str, cfg: PretrainedCfg) -> PretrainedCfg:
-    """The cfg of a regulated model that starts with a plain one's weights.
-
-    Args:
-        name: Name of the regulated model.
-        cfg: The plain model's cfg.
-    """
+    """The cfg of the regulated model of that name that starts with a plain one's weights."""
     return replace(
         cfg,
         architecture=name,
@@ -76,12 +60,7 @@ def warm_start_cfg(name: str, cfg: PretrainedCfg) -> PretrainedCfg:
 
 
 def warm_start_cfgs(name: str, backbone: str) -> Dict[str, PretrainedCfg]:
-    """`{name}.warm_{tag}`: cfg, for every tag that timm has weights of; timm's default comes first.
-
-    Args:
-        name: Name of the regulated model.
-        backbone: timm's name of the plain one.
-    """
+    """`{name}.warm_{tag}`: cfg, for every tag that timm has weights of; timm's default comes first."""
     default = get_pretrained_cfg(backbone)
     cfgs = sorted(
         (cfg for cfg in get_arch_pretrained_cfgs(backbone).values() if cfg.has_weights),

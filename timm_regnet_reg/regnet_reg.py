@@ -28,9 +28,6 @@ from .regulate import add_regulators, check_regulable
 
 __all__ = []  # timm adds the entrypoints
 
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
-
 
 def _resnet(block: type, *layers: int, se: bool = False, **kwargs: Any) -> Dict[str, Any]:
     if se:
@@ -91,16 +88,14 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
-def _cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
-    return _cfg(
-        num_classes=10,
-        input_size=(3, 32, 32),
-        pool_size=(8, 8),
-        crop_pct=1.0,
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
-        **kwargs,
-    )
+CIFAR_CFG = _cfg(
+    num_classes=10,
+    input_size=(3, 32, 32),
+    pool_size=(8, 8),
+    crop_pct=1.0,
+    mean=(0.4914, 0.4822, 0.4465),  # of CIFAR-10's training images
+    std=(0.2470, 0.2435, 0.2616),
+)
 
 
 def _models() -> Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]]:
@@ -109,7 +104,7 @@ def _models() -> Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]]:
     for model_class, backbones in ((RegulatedResNet, BACKBONES), (CifarRegulatedResNet, CIFAR_BACKBONES)):
         for backbone, args in backbones.items():
             if model_class is CifarRegulatedResNet:
-                cfg, form = _cifar_cfg(), '32x32 images'
+                cfg, form = CIFAR_CFG, '32x32 images'
                 doc = f'The plain {backbone} for {form} that the regulated ones are compared with.'
                 models[f'cifar_{backbone}'] = model_class, dict(args, regulated_stages=()), cfg, doc
             else:
@@ -135,13 +130,7 @@ def _create(
 ) -> RegulatedResNet:
     """What all entrypoints have in common.
 
-    Args:
-        model_class: Makes the network.
-        name: Name of the model.
-        model_args: Arguments of `model_class`, which what was recorded with packaged weights overrides.
-        pretrained: Load weights.
-        pretrained_cfg: As timm's create_model, and so the next.
-        **kwargs: The caller's arguments, which override all others.
+    What was recorded with packaged weights overrides the model's arguments, and the caller's override all others.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     if overlay.get('hf_hub_id') or overlay.get('url'):

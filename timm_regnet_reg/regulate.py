@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from typing import Dict, List, Optional, Sequence, Set, Tuple
+from typing import Dict, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,8 +11,6 @@ from timm.models._input import get_model_args
 
 from .blocks import REGULATED_BLOCKS, RegulatedStage, can_undo_itself
 from .networks import CifarRegulatedResNet, RegulatedResNet, check_cell, check_stages
-
-__all__ = ['add_regulators', 'check_regulable', 'check_regulated', 'regulate']
 
 _ACCEPTED = (
     'regulate() accepts a timm.models.ResNet of BasicBlock or Bottleneck blocks with ReLU and batch norm '
@@ -26,7 +24,7 @@ def check_regulable(model: nn.Module) -> None:
     if type(model) not in (ResNet, RegulatedResNet, CifarRegulatedResNet):
         raise TypeError(f'A {type(model).__module__}.{type(model).__qualname__} was given. {_ACCEPTED}')
     blocks: Set[nn.Module] = set()
-    for name in _stage_names(model):
+    for name in (info['module'] for info in model.feature_info[1:]):
         stage = getattr(model, name, None)
         if isinstance(stage, RegulatedStage):
             raise ValueError(f'{name} of the given network is regulated already. {_ACCEPTED}')
@@ -45,10 +43,6 @@ def check_regulable(model: nn.Module) -> None:
                 f'{name} of the given network has been pruned to blocks of different widths, '
                 f'{", ".join(map(str, sorted(widths)))}. {_ACCEPTED}'
             )
-
-
-def _stage_names(model: ResNet) -> List[str]:
-    return [info['module'] for info in model.feature_info[1:]]
 
 
 def check_regulated(model: RegulatedResNet) -> None:
@@ -96,7 +90,7 @@ def add_regulators(model: ResNet, cell: str, stages: Optional[Sequence[int]]) ->
         ValueError: The cell or a stage is unknown.
     """
     check_cell(cell)
-    stages = check_stages(stages, len(_stage_names(model)))
+    stages = check_stages(stages, len(model.feature_info) - 1)
     checkpointing = model.grad_checkpointing or any(
         getattr(stage, 'grad_checkpointing', False) for stage in model.children()
     )
