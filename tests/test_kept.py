@@ -1,14 +1,12 @@
 """Networks with arguments of their own, and those that `regulate` gives, saved by timm and loaded by it again."""
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
-import torch.nn as nn
 from networks import TINY, enliven
 from timm.models import load_checkpoint, push_to_hf_hub, resolve_model_input_args, resume_checkpoint, save_for_hf
 
@@ -107,39 +105,6 @@ def test_checkpoint_of_an_earlier_version_is_the_same_network_bit_for_bit(tmp_pa
         again = timm.create_model('regnet_reg_resnet20_convlstm').eval()
         read(again, tmp_path / 'old.pth.tar', **kwargs)
         assert torch.equal(again(images()), model(images()))
-
-
-def surgery(model):
-    model.layer2[0].bn1.eps = 1e-3
-
-
-@pytest.mark.parametrize(
-    'make, change',
-    [
-        (lambda: timm.models.resnet50d(**TINY), lambda model: None),  # timm records what create_model is given
-        (lambda: timm.create_model('resnet50d', **TINY), surgery),
-        (lambda: timm.create_model('resnet50d', **TINY), lambda model: model.pretrained_cfg.update(architecture='no')),
-    ],
-    ids=['made by the entrypoint', 'changed by hand', 'of no known architecture'],
-)
-def test_network_that_timm_cannot_make_again_is_regulated_but_not_saved(tmp_path, make, change):
-    model = make()
-    change(model)
-    with pytest.warns(UserWarning, match='create_model.*model_args=dict'):
-        regulated = enliven(regulate(model))
-    with pytest.raises(ValueError, match="'backbone' .* model_args"):
-        save(regulated, tmp_path)
-    if change is not surgery:
-        save_for_hf(regulated, tmp_path, model_args=dict(backbone='resnet50d', **TINY))
-        with torch.no_grad():
-            assert torch.equal(load(f'local-dir:{tmp_path}')(images()), regulated(images()))
-
-
-def test_network_that_timm_makes_again_is_regulated_without_a_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        for change in (lambda model: model, nn.SyncBatchNorm.convert_sync_batchnorm):
-            regulate(change(timm.create_model('resnet50d', drop_path_rate=0.1, num_classes=3, device='meta')))
 
 
 @pytest.mark.parametrize(

@@ -201,8 +201,7 @@ def test_settings_of_batch_norm_are_kept():
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.eps, m.momentum = 1e-3, 0.01
-    with pytest.warns(UserWarning, match='not save'):
-        regulated = regulate(model)
+    regulated = regulate(model)
     norms = [m for m in regulated.modules() if isinstance(m, nn.BatchNorm2d)]
     assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
     with torch.no_grad():

@@ -183,9 +183,8 @@ REGULATED_BLOCKS: Dict[type, type] = {BasicBlock: RegulatedBasicBlock, Bottlenec
 def fuse_batch_norms(module: nn.Module) -> None:
     """Fuse batch norms with the convolutions before them, in place; nn.Identity takes a fused one's place.
 
-    Args:
-        module: A block, stem, shortcut or whole network. Among its children, and within those that are an
-            nn.Sequential, a BN registered right after a convolution is taken to follow it, as in all of timm's ResNets.
+    Among the children of a block or network, and within those that are an nn.Sequential, a BN registered right after a
+    convolution is taken to follow it, as in all of timm's ResNets.
     """
     before = None
     for name, child in list(module.named_children()):
@@ -227,11 +226,7 @@ class _Stage(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> nn.Module:
-        """As nn.Module.train.
-
-        Raises:
-            RuntimeError: Training mode for a stage that has been reparameterised.
-        """
+        """As nn.Module.train; a RuntimeError if a stage that has been reparameterised is to train."""
         if mode and self.reparameterized:
             raise RuntimeError(
                 'This network was reparameterised for inference, and trains no more: its batch norms and the separable '
@@ -260,12 +255,7 @@ class RegulatedStage(_Stage):
     """
 
     def __init__(self, blocks: nn.Sequential, cell: Type[RegulatorCell], norm_layer: Callable[..., nn.Module]) -> None:
-        """
-        Args:
-            blocks: A stage of timm's ResNet; its blocks are reused.
-            cell: Class of the cell.
-            norm_layer: Makes a normalisation layer for a number of channels.
-        """
+        """Of a stage of timm's ResNet, whose blocks are reused; `norm_layer` makes a norm for a number of channels."""
         super().__init__()
         for i, block in enumerate(blocks):
             # what the block was made with is known to timm's builder alone, so that it can't be built anew

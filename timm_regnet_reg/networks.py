@@ -69,11 +69,7 @@ class RegulatedResNet(ResNet):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: Optional[bool] = None) -> None:
-        """As timm's ResNet, and the batch norms, cells and fusions.
-
-        Args:
-            zero_init_last: Start every residual branch at zero; None does so where there are residual connections.
-        """
+        """As timm's ResNet, and the batch norms, cells and fusions; by default as the constructor does."""
         if zero_init_last is None:
             zero_init_last = not any(isinstance(module, ZeroShortcut) for module in self.modules())
         for module in self.modules():
@@ -95,13 +91,7 @@ class RegulatedResNet(ResNet):
                 block.downsample = ZeroPadShortcut(new_channels, block.stride)
 
     def add_regulators(self, cell: str, stages: Sequence[int], norm_layer: Callable[..., nn.Module]) -> None:
-        """Regulate plain stages, in place, with the same outputs.
-
-        Args:
-            cell: 'convrnn', 'convgru' or 'convlstm'.
-            stages: Which, counted from 1.
-            norm_layer: Makes a normalisation layer for a number of channels.
-        """
+        """Regulate plain stages, counted from 1, in place; `norm_layer` makes a norm for a number of channels."""
         for i, stage in enumerate(self.stages(), start=1):
             new = RegulatedStage(stage, CELLS[cell], norm_layer) if i in stages else PlainStage(*stage)
             setattr(self, f'layer{i}', new)
@@ -123,11 +113,7 @@ class RegulatedResNet(ResNet):
         self.eval()
 
     def train(self, mode: bool = True) -> 'RegulatedResNet':
-        """As nn.Module.train.
-
-        Raises:
-            RuntimeError: Training mode for a reparameterised network, which stays as it is.
-        """
+        """As nn.Module.train; a RuntimeError if a reparameterised network, which stays as it is, is to train."""
         for stage in self.stages():  # first: one that refuses leaves nothing half done
             stage.train(mode)
         return super().train(mode)

@@ -81,13 +81,8 @@ def check_weights(
 ) -> None:
     """Check that a state dict is the network's, and finite; of shapes torch tells when it loads them.
 
-    Args:
-        state_dict: What was loaded.
-        model: The network that it is for.
-        is_optional: Says of a key whether it may be missing or extra.
-
-    Raises:
-        UserError: Weights are missing, unexpected, no floating-point tensors or not finite.
+    `is_optional` says of a key whether it may be missing or extra. A UserError if weights are missing, unexpected, no
+    floating-point tensors or not finite.
     """
     own, given = model.state_dict(), filter_checkpoint(state_dict, model)
     weights = {key: value for key, value in given.items() if not key.endswith('num_batches_tracked')}
@@ -110,13 +105,8 @@ def check_weights(
 def prepare_checkpoint(state_dict: Dict[str, Any], model: RegulatedResNet) -> Dict[str, Any]:
     """What timm is to load: filtered, checked, and with the regulators that a backbone's weights lack.
 
-    Args:
-        state_dict: What was loaded for the model.
-        model: The network that it is for.
-
-    Raises:
-        UserError: As `check_weights`, as timm lets keys pass where it adapts the classifier; or the network has layers
-            that can't start with a backbone's weights.
+    A UserError as of `check_weights`, as timm lets keys pass where it adapts the classifier, or if the network has
+    layers that can't start with a backbone's weights.
     """
     state_dict = filter_checkpoint(state_dict, model)
     cfg = model.pretrained_cfg

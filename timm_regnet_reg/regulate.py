@@ -1,13 +1,10 @@
 """`regulate`: any of timm's ResNets becomes a regulated network with the same weights and outputs."""
 
 import copy
-import warnings
-from typing import Dict, Optional, Sequence, Set, Tuple
+from typing import Optional, Sequence, Set
 
-import torch
 import torch.nn as nn
-from timm.models import ResNet, create_model, is_model
-from timm.models._input import get_model_args
+from timm.models import ResNet
 
 from .blocks import REGULATED_BLOCKS, RegulatedStage, can_undo_itself
 from .networks import CifarRegulatedResNet, RegulatedResNet, check_cell, check_stages
@@ -64,31 +61,8 @@ def _check_layers(name: str, stage: nn.Module) -> None:
                 )
 
 
-def _can_be_made_again(model: ResNet) -> bool:
-    """Whether what timm writes about a network, when it saves it, makes the same network."""
-    if not is_model(model.pretrained_cfg.get('architecture')):
-        return False
-    args = {**getattr(model, '_model_args', {}), **get_model_args(model)}  # the latter leave out drop rates
-
-    def structure(model: nn.Module) -> Tuple[str, Dict[str, torch.Size]]:
-        # synchronised batch norms have the weights and, in evaluation mode, the outputs of others
-        layers = str(model).replace('SyncBatchNorm', 'BatchNorm2d')
-        return layers, {key: tensor.shape for key, tensor in model.state_dict().items()}
-
-    return structure(model) == structure(create_model(model.pretrained_cfg['architecture'], device='meta', **args))
-
-
 def add_regulators(model: ResNet, cell: str, stages: Optional[Sequence[int]]) -> None:
-    """Turn a network that passes `check_regulable` into a regulated one with the same outputs, in place.
-
-    Args:
-        model: The network.
-        cell: 'convrnn', 'convgru' or 'convlstm'.
-        stages: Stages to regulate, counted from 1; None for all.
-
-    Raises:
-        ValueError: The cell or a stage is unknown.
-    """
+    """As `regulate`, but in place, of a network that passes `check_regulable`."""
     check_cell(cell)
     stages = check_stages(stages, len(model.feature_info) - 1)
     checkpointing = model.grad_checkpointing or any(
@@ -133,24 +107,12 @@ def regulate(model: ResNet, cell: str = 'convlstm', stages: Optional[Sequence[in
     Raises:
         TypeError: The network is of another class, or has other blocks, activations or normalisation.
         ValueError: The network is regulated or pruned already, or the cell or a stage is unknown.
-
-    Warns:
-        UserWarning: The network isn't what `timm.create_model` gives, and timm will refuse to save the result.
     """
     check_regulable(model)
-    plain, model = model, copy.deepcopy(model)
+    model = copy.deepcopy(model)
     add_regulators(model, cell, stages)
     if hasattr(model, 'pretrained_cfg'):
-        architecture = model.pretrained_cfg.get('architecture')
-        args = {'backbone': architecture, **getattr(model, '_model_args', {}), 'cell': cell, 'regulated_stages': stages}
-        if not _can_be_made_again(plain):
-            warnings.warn(
-                f'The given network is not what timm.create_model({architecture!r}) makes with the arguments that timm '
-                'recorded, so timm will not save the regulated one. Make the network by timm.create_model with all its '
-                'arguments, or give them to save_for_hf: model_args=dict(backbone=NAME, ...).',
-                stacklevel=2,
-            )
-            args['backbone'] = type(plain)  # no JSON: save_for_hf raises an error that asks for a replacement
-        model._model_args = args
+        recorded = {'backbone': model.pretrained_cfg.get('architecture'), **getattr(model, '_model_args', {})}
+        model._model_args = {**recorded, 'cell': cell, 'regulated_stages': stages}
         model.pretrained_cfg = model.default_cfg = dict(model.pretrained_cfg, architecture='regnet_reg')
     return model
