@@ -41,8 +41,7 @@ def _prepare_process() -> None:
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         if getattr(sys, name) is None:  # closed; a file of ours would take its number, and get C libraries' messages
             setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
+        getattr(sys, name).reconfigure(errors='backslashreplace')
     for name in ('SIGTERM', 'SIGHUP'):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
@@ -50,11 +49,10 @@ def _prepare_process() -> None:
 
 
 def _spare_the_cores(args: argparse.Namespace) -> None:
-    """Starts this process again so that OpenMP's threads spin briefly, and then sleep, while they wait for each other.
+    """Starts this process again, as torch settles on import how long OpenMP's threads spin before they sleep.
 
-    That is settled when torch loads. They would spin for milliseconds, and beside other work a step of training would
-    take ten times as long; if they slept at once, as under OMP_WAIT_POLICY=passive, an idle machine would take twice as
-    long.
+    If they spin for milliseconds, a step of training takes ten times as long beside other work; if they sleep at once
+    (OMP_WAIT_POLICY=passive), twice as long on an idle machine.
     """
     on_cpu = args.command in ON_CPU and getattr(args, 'device', 'cpu') == 'cpu' and torch.get_num_threads() > 1
     if sys.platform == 'linux' and on_cpu and not os.environ.keys() & {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'}:
@@ -91,11 +89,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         message = str(error)
     except KeyboardInterrupt:
         return 130
-    except (MemoryError, RuntimeError) as error:
-        # torch's allocator for CPUs has no error of its own
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and 'DefaultCPUAllocator' not in str(error):
-            raise
-        message = f'out of memory ({str(error).splitlines()[0]}); give a smaller batch or smaller images'
     except BrokenPipeError:
         try:
             print(flush=True)

@@ -16,7 +16,7 @@ from timm.models import checkpoint, checkpoint_seq
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
-from .cells import RegulatorCell, reparameterize_cell
+from .cells import REPARAMETERIZED, RegulatorCell
 from .equations import Kernels
 
 
@@ -87,11 +87,8 @@ class _RegulatedBlock(nn.Module):
         self.fusion_act = copy.deepcopy(self.act1)
         if isinstance(self, Bottleneck):
             # as the shortcut of a D variant pools: odd sizes match too
-            self.regulator_pool = (
-                nn.Identity()
-                if self.stride == 1
-                else nn.AvgPool2d(2, self.stride, ceil_mode=True, count_include_pad=False)
-            )
+            pool = nn.AvgPool2d(2, self.stride, ceil_mode=True, count_include_pad=False)
+            self.regulator_pool = nn.Identity() if self.stride == 1 else pool
         self.start_at_identity()
 
     @torch.jit.ignore
@@ -277,7 +274,8 @@ class RegulatedStage(_Stage):
         if isinstance(getattr(self, 'regulator', None), RegulatorCell):
             for block in self:
                 del block.step
-                block.step = reparameterize_cell(self.regulator)  # of its own: not all runtimes know shared layers
+                # of its own: not all runtimes know shared layers
+                block.step = REPARAMETERIZED[type(self.regulator)](self.regulator)
             del self.regulator
 
     @torch.jit.ignore

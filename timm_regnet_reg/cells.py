@@ -116,7 +116,7 @@ class _Gate(nn.Module):
 
 
 class _Step(nn.Module):
-    """A time step, called as those of `equations`; it has its kernels and ignores W."""
+    """A cell's time step, called as those of `equations`; it has its kernels and ignores W."""
 
     def __init__(self, cell: RegulatorCell) -> None:
         super().__init__()
@@ -146,9 +146,4 @@ class _ConvLSTMStep(_Step):
         return sigmoid(self.o(X, H)) * tanh(C_new), C_new
 
 
-_STEPS: Dict[type, Type[_Step]] = {ConvRNN: _ConvRNNStep, ConvGRU: _ConvGRUStep, ConvLSTM: _ConvLSTMStep}
-
-
-def reparameterize_cell(cell: RegulatorCell) -> nn.Module:
-    """A cell's time step for inference, with its kernels in depthwise convolutions; called as `cell.step`."""
-    return _STEPS[type(cell)](cell)
+REPARAMETERIZED: Dict[type, Type[_Step]] = {ConvRNN: _ConvRNNStep, ConvGRU: _ConvGRUStep, ConvLSTM: _ConvLSTMStep}

@@ -51,10 +51,7 @@ def kernels(K_x: torch.Tensor, K_h: torch.Tensor, b: torch.Tensor, gates: int) -
 @torch.fx.wrap
 def split_gates(W: Kernels) -> List[Kernels]:
     """The kernels of each gate by itself."""
-    gates: List[Kernels] = []
-    for first in range(3, len(W), 3):
-        gates.append(W[first : first + 3])
-    return gates
+    return [W[first : first + 3] for first in range(3, len(W), 3)]
 
 
 def conv(X: torch.Tensor, H: Optional[torch.Tensor], W: Kernels) -> torch.Tensor:

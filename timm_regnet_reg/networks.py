@@ -203,10 +203,7 @@ def check_arguments(output_strides: Sequence[int], in_chans: int = 3, output_str
     if not isinstance(in_chans, int) or in_chans < 1:
         raise ValueError(f'in_chans={in_chans!r} was given: 1 or more channels of the images are expected.')
     if output_stride not in output_strides:
-        *others, last = output_strides
-        raise ValueError(
-            f'Output stride {output_stride!r} was given: {", ".join(map(str, others))} or {last} is accepted.'
-        )
+        raise ValueError(f'Output stride {output_stride!r} was given: one of {output_strides} is accepted.')
 
 
 def check_cell(cell: str) -> None:

@@ -122,16 +122,13 @@ def prepare_checkpoint(state_dict: Dict[str, Any], model: RegulatedResNet) -> Di
         check_weights(state_dict, model, is_optional)
     except (UserError, TypeError) as error:  # a TypeError timm would take for a filter's without the argument `model`
         raise UserError(f'The weights of {cfg["architecture"]} could not be loaded. {error}') from error
-    return {**state_dict, **_warm_regulators(state_dict, model)} if warm_start else state_dict
-
-
-def _warm_regulators(state_dict: Dict[str, Any], model: RegulatedResNet) -> Dict[str, Any]:
-    """Weights of regulators that change nothing in a network with these weights of its backbone."""
-    model.load_state_dict({key: value for key, value in state_dict.items() if '.bn' in key}, strict=False)
-    for stage in model.stages():
-        if isinstance(stage, RegulatedStage):
-            stage.start_at_identity()
-    return {key: value for key, value in model.state_dict().items() if _is_added(key)}
+    if warm_start:  # with regulators that change nothing in a network with these batch norms
+        model.load_state_dict({key: value for key, value in state_dict.items() if '.bn' in key}, strict=False)
+        for stage in model.stages():
+            if isinstance(stage, RegulatedStage):
+                stage.start_at_identity()
+        state_dict.update({key: value for key, value in model.state_dict().items() if _is_added(key)})
+    return state_dict
 
 
 def _is_added(key: str) -> bool:

@@ -36,10 +36,8 @@ def check_regulable(model: nn.Module) -> None:
         _check_layers(name, stage)
         widths = {block.conv1.out_channels for block in stage}
         if len(widths) > 1:  # one cell reads all blocks of its stage
-            raise ValueError(
-                f'{name} of the given network has been pruned to blocks of different widths, '
-                f'{", ".join(map(str, sorted(widths)))}. {_ACCEPTED}'
-            )
+            told = f'has been pruned to blocks of different widths, {", ".join(map(str, sorted(widths)))}'
+            raise ValueError(f'{name} of the given network {told}. {_ACCEPTED}')
 
 
 def check_regulated(model: RegulatedResNet) -> None:
@@ -55,10 +53,8 @@ def _check_layers(name: str, stage: nn.Module) -> None:
             raise TypeError(f'{name} of the given network has activation {type(block.act1).__name__}. {_ACCEPTED}')
         for bn in (block.bn1, block.bn2):
             if not can_undo_itself(bn):
-                raise TypeError(
-                    f'{name} of the given network has normalisation {type(bn).__name__}, not an affine batch norm '
-                    f'with running statistics. {_ACCEPTED}'
-                )
+                told = f'{name} of the given network has normalisation {type(bn).__name__}'
+                raise TypeError(f'{told}, not an affine batch norm with running statistics. {_ACCEPTED}')
 
 
 def add_regulators(model: ResNet, cell: str, stages: Optional[Sequence[int]]) -> None:
@@ -93,7 +89,7 @@ def regulate(model: ResNet, cell: str = 'convlstm', stages: Optional[Sequence[in
     without the hooks of the given ones.
 
     timm saves the result (`save_for_hf`, `push_to_hf_hub`) and makes it again (`create_model`) as model `regnet_reg`,
-    whose arguments are the backbone's name, its arguments, the cell and the stages.
+    whose arguments are the backbone's name, its arguments as create_model recorded them, the cell and the stages.
 
     Args:
         model: A timm.models.ResNet of BasicBlock or Bottleneck blocks with ReLU and batch norm, trained or not, with

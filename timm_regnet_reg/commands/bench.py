@@ -13,9 +13,8 @@ and of each network the kernels alone and a step in a CUDA graph. All run in cha
 algorithms by trial, as in timm's train.py.
 
 A table is printed for each backbone, row by row as it is measured. Repeats are interleaved: every network once, then
-every network once again. Figures are medians; "speed ÷ plain" is the plain network's time by the network's in the same
-repeat, and "memory ÷ plain" the network's memory by the plain one's. The spread is how far the farthest of a row's
-repeats is from its median. What fails for a network is told, and left out.
+again. Figures are medians; "speed ÷ plain" is the plain network's time by the network's in the same repeat. The spread
+is how far the farthest of a row's repeats is from its median. What fails for a network is told, and left out.
 
 Peak memory is that of a training step above the loaded network and its input, so it holds activations, gradients and
 torch's workspaces. On the CPU it is summed up from the allocations and releases that torch's profiler reports, which

@@ -7,8 +7,7 @@ DIR/train/<class>/*.png holds the training images with a border of 4 black pixel
 the papers': a window of 32x32, cut anywhere. DIR/validation/<class>/*.png holds the test images as they are, 32x32.
 
 The images come from torchvision, which downloads them (170 MB) and checks them, or from --source FOLDER, a folder with
-train/<class>/*.png and validation/<class>/*.png, all of 32x32. DIR/train and DIR/validation appear when they are
-complete.
+train/<class>/*.png and validation/<class>/*.png, all of 32x32. DIR's folders appear when they are complete.
 """
 
 import argparse

@@ -94,7 +94,6 @@ def main(args: argparse.Namespace) -> None:
     print('The network has to choose among the ten classes of CIFAR-10, at 32x32 pixels, and a flower is none of them.')
 
     print(f'\n3/5  Fine-tune on {len(train_set):,} handwritten digits of scikit-learn, 8x8 pixels enlarged to 32x32')
-    print("A new classifier for ten digits replaces the old one, and all weights train with timm's loader and AdamW.")
     torch.manual_seed(SEED)
     model.reset_classifier(len(held_out.label_names))
     # without worker processes, which take longer to start than the images to prepare
@@ -105,8 +104,7 @@ def main(args: argparse.Namespace) -> None:
     before = score(model, held_out, data_config, workers=0, desc='scoring before')
     _fine_tune(model, train_loader)
     after = score(model, held_out, data_config, workers=0, desc='scoring after')
-    print(f'Accuracy on {after.images} held-out digits: {before.top1:.1f} % before, {after.top1:.1f} % after.')
-    print('Before, the new classifier knew nothing: about 10 % is chance.')
+    print(f'Accuracy on {after.images} held-out digits: {before.top1:.1f} % before (chance), {after.top1:.1f} % after.')
 
     print(f'\n4/5  Save it: {folder}')
     details = {

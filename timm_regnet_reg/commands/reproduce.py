@@ -10,19 +10,17 @@ Start this in a clone of this project, where train_recipes/ is. Tables: resnet20
 seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage), depth (32 and 56 layers). A schedule is
 a recipe of train_recipes/: papers {dataset}.yaml (164 epochs), short and strong cifar10_{schedule}.yaml (30 and 200).
 
-All images lie on the device. A GPU trains several networks at once, each update a CUDA graph; a CPU trains one: start
-the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs that the other doesn't have. With
-TRAIN_PY, the path of train.py in a clone of timm (github.com/huggingface/pytorch-image-models), that script trains
-instead, in a process for each run.
+A GPU trains several networks at once, each update a CUDA graph; a CPU trains one: start the command twice on two cores,
+with OMP_NUM_THREADS=1, and each takes the runs that the other doesn't have. With TRAIN_PY, the path of train.py in a
+clone of timm (github.com/huggingface/pytorch-image-models), that script trains instead, in a process for each run.
 
-Stop it whenever you like and start it again: what is done is skipped, and what was begun goes on. The engine saves
-every 30 seconds and goes on exactly there, on another device too. train.py goes on after its last complete epoch, with
-another seed, as its random numbers start anew. (End a train.py whose command was killed by force before you start
-again.) Checkpoints, which `regnet-reg package` takes, are in --output.
+Stop it whenever you like and start it again: what is done is skipped, and what was begun goes on: exactly where it was
+saved, every 30 seconds, on another device too; with train.py after its last complete epoch, and with another seed, as
+its random numbers start anew. Checkpoints, which `regnet-reg package` takes, are in --output.
 
 A run adds a row to {dataset}.csv in --results: accuracy of the last epoch, not the best, on all images of validation/,
-in the precision it trains in. --report reads that file alone: it prints the error, mean and standard deviation over
-seeds, beside the papers', and draws it over the parameters in {dataset}.png. Engines make tables of their own.
+in the precision it trains in. --report prints its errors, mean and standard deviation over seeds, beside the papers',
+and draws them over the parameters in {dataset}.png. Engines make tables of their own.
 """
 
 import argparse

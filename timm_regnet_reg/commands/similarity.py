@@ -3,8 +3,7 @@
     regnet-reg similarity cifar_resnet20 regnet_reg_resnet20_convlstm --data-dir DIR --output similarity
 
 The papers' figure 1 in numbers, for any of timm's ResNets, plain or regulated. All are shown the same images, a random
-choice from DIR/validation, prepared as each model's config says. Two blocks' outputs, a vector for each image, are
-compared by
+choice from DIR/validation, prepared as each model's config says. Two blocks' outputs are compared by
 
     linear CKA         for all pairs: 1 if one is the other rotated, scaled and shifted, about 0 if independent
     cosine similarity  for pairs in a stage, which are of one shape: averaged over the images

@@ -2,8 +2,7 @@
 
     regnet-reg table
 
-A Markdown table, the one in README: a row for every backbone, plain and with each cell. Nothing is downloaded, and
-no weights are made.
+A Markdown table, the one in README: a row for every backbone, plain and with each cell. Nothing is downloaded.
 """
 
 import argparse
