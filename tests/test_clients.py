@@ -9,12 +9,10 @@ import copy
 import pytest
 import timm
 import torch
+from networks import TINY, assert_close
 from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
-import timm_regnet_reg  # noqa: F401, registers the models
-
-SMALL = dict(channels=(16, 32, 48, 64))
 NETWORKS = ('resnet18', 'regnet_reg_resnet18_convrnn', 'regnet_reg_resnet18_convgru', 'regnet_reg_resnet18_convlstm')
 
 
@@ -38,7 +36,7 @@ def lively(name, **kwargs):
 
 @pytest.fixture(params=NETWORKS)
 def model(request):
-    return lively(request.param, **SMALL)
+    return lively(request.param, **TINY)
 
 
 def client(module):
@@ -50,11 +48,6 @@ def outputs(model, x):
         return model(x)
 
 
-def assert_close(actual, expected):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
 def grad_cam(model, x, label):
     """The map of the last stage by torch alone, (B, height, width)."""
     features = model.forward_features(x).detach().requires_grad_()
@@ -64,7 +57,7 @@ def grad_cam(model, x, label):
 
 @pytest.mark.parametrize('name', NETWORKS[1:])
 def test_the_state_counts_in_these_networks(name):
-    model = lively(name, **SMALL)
+    model = lively(name, **TINY)
     with_state = outputs(model, images())
     for module_name, module in model.named_modules():
         if module_name.endswith('regulator_bn'):
@@ -170,21 +163,14 @@ def test_transformers_starts_a_regulated_network_from_plain_weights(name, tmp_pa
     client('transformers')
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-    plain = lively('resnet18', **SMALL)
-    config = TimmWrapperConfig(architecture='resnet18', num_labels=10, model_args=SMALL)
-    saved = TimmWrapperForImageClassification(config)
-    saved.timm_model.load_state_dict(plain.state_dict())
-    saved.save_pretrained(tmp_path)
-    config.architecture = name
-    loaded = TimmWrapperForImageClassification.from_pretrained(tmp_path, config=config).eval()
-    assert_close(outputs(loaded, images()).logits, outputs(plain, images()))
-
-    trained = lively(name, **SMALL)  # what is there is loaded, cells and fusions too
-    saved = TimmWrapperForImageClassification(config)
-    saved.timm_model.load_state_dict(trained.state_dict())
-    saved.save_pretrained(tmp_path)
-    loaded = TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
-    assert_close(outputs(loaded, images()).logits, outputs(trained, images()))
+    config = TimmWrapperConfig(architecture='resnet18', num_labels=10, model_args=TINY)
+    for network in (lively('resnet18', **TINY), lively(name, **TINY)):  # of its own, cells and fusions are loaded too
+        saved = TimmWrapperForImageClassification(config)
+        saved.timm_model.load_state_dict(network.state_dict())
+        saved.save_pretrained(tmp_path)
+        config.architecture = name
+        loaded = TimmWrapperForImageClassification.from_pretrained(tmp_path, config=config).eval()
+        assert_close(loaded(images()).logits, network(images()))
 
 
 def test_accelerate_loads_a_whole_checkpoint_and_no_other(model, tmp_path):
@@ -194,7 +180,7 @@ def test_accelerate_loads_a_whole_checkpoint_and_no_other(model, tmp_path):
     def load(state_dict):
         save_file(state_dict, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
         with accelerate.init_empty_weights():
-            empty = timm.create_model(model.pretrained_cfg['architecture'], num_classes=10, **SMALL)
+            empty = timm.create_model(model.pretrained_cfg['architecture'], num_classes=10, **TINY)
         return accelerate.load_checkpoint_and_dispatch(
             empty, str(tmp_path / 'model.safetensors'), device_map={'': 'cpu'}
         ).eval()
@@ -202,12 +188,12 @@ def test_accelerate_loads_a_whole_checkpoint_and_no_other(model, tmp_path):
     assert_close(outputs(load(model.state_dict()), images()), outputs(model, images()))
     if any('fusion' in name for name in model.state_dict()):
         with pytest.raises(NotImplementedError, match='meta tensor'):
-            load(lively('resnet18', **SMALL).state_dict())
+            load(lively('resnet18', **TINY).state_dict())
 
 
 @pytest.mark.parametrize('name', NETWORKS[1:])
 def test_what_is_materialised_by_hand_starts_as_the_plain_network(name):
-    plain, network = lively('resnet18', **SMALL), timm.create_model(name, num_classes=10, device='meta', **SMALL)
+    plain, network = lively('resnet18', **TINY), timm.create_model(name, num_classes=10, device='meta', **TINY)
     network.to_empty(device='cpu').eval()
     for tensor in network.state_dict().values():  # what memory may hold
         tensor.fill_(float('nan') if tensor.is_floating_point() else -1)

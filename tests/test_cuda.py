@@ -4,12 +4,12 @@
 """
 
 import copy
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import MODEL
+from networks import CELLS
 from test_fused import gradients, images, network
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +19,7 @@ from timm_regnet_reg import fused
 from timm_regnet_reg.__main__ import main
 
 DEVICE = 'cuda'
-CELLS = ('convrnn', 'convgru', 'convlstm')
+
 FORMATS = (torch.contiguous_format, torch.channels_last)
 # of the norm of what float64 gives on the CPU: the logits', and the largest of the gradients'
 TOLERANCES = {
@@ -29,10 +29,7 @@ TOLERANCES = {
     torch.float16: (1e-2, 5e-2),
 }
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device'),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +64,6 @@ def assert_close(actual, expected, dtype=torch.float32):
     assert off[0] <= TOLERANCES[dtype][0] and off[1] <= TOLERANCES[dtype][1], f'logits and gradients are off by {off}'
 
 
-def uses_fused_steps(profile):
-    return any(event.key.startswith('timm_regnet_reg::') for event in profile.key_averages())
-
-
 @pytest.mark.parametrize('memory_format', FORMATS, ids=['contiguous', 'channels_last'])
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 @pytest.mark.parametrize('name', ['regnet_reg_resnet20_{}', 'regnet_reg_resnet50_{}'])
@@ -86,7 +79,8 @@ def test_outputs_and_gradients_are_those_of_the_cpu(cell, name, dtype, memory_fo
     with torch.profiler.profile(activities=activities) as profile, torch.autocast(DEVICE, dtype, enabled=half):
         actual = gradients(model, x)
     assert_close(actual, expected, dtype)
-    assert uses_fused_steps(profile) == (steps == 'fused' and dtype != torch.float64)
+    uses_fused_steps = any(event.key.startswith('timm_regnet_reg::') for event in profile.key_averages())
+    assert uses_fused_steps == (steps == 'fused' and dtype != torch.float64)
 
 
 @pytest.mark.parametrize('cell', CELLS)
@@ -199,7 +193,6 @@ def test_commands_run_on_the_device(packaged, image_folder, tmp_path, capsys):
     on_device = capsys.readouterr().out
     assert main(['classify', str(photo), '--model', model]) == 0
     assert on_device.split()[:2] == capsys.readouterr().out.split()[:2]
-    output = os.path.join(tmp_path, 'similarity')
-    options = ['--data-dir', str(image_folder), '--output', output, '--device', DEVICE]
+    options = ['--data-dir', str(image_folder), '--output', str(tmp_path / 'similarity'), '--device', DEVICE]
     assert main(['similarity', MODEL, *options]) == 0
-    assert os.path.exists(os.path.join(output, 'similarity.png'))
+    assert (tmp_path / 'similarity' / 'similarity.png').exists()

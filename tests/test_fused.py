@@ -4,11 +4,13 @@ Run as a program, this file compares the kernels with the equations; the interpr
 """
 
 import copy
+import functools
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import timm
@@ -68,13 +70,8 @@ def compare_in_interpreter(cell):
                 inputs[1] = inputs[1].detach().contiguous(memory_format=LAST).requires_grad_()
             exact = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
             step = lambda X, H, C, W: operators.FusedStep.apply(cell, X, H, C, *W[:3])  # noqa: E731
-            for k, (actual, expected) in enumerate(
-                zip(
-                    outputs_and_gradients(step, inputs),
-                    outputs_and_gradients(getattr(equations, cell), exact),
-                    strict=True,
-                )
-            ):
+            found, right = outputs_and_gradients(step, inputs), outputs_and_gradients(getattr(equations, cell), exact)
+            for k, (actual, expected) in enumerate(zip(found, right, strict=True)):
                 what = f'{cell} later={later} {dtype} {shape} output or gradient {k}'
                 if expected is None:  # of K_h in the first step
                     assert actual is None, what
@@ -117,18 +114,12 @@ def test_kernels_fit_into_registers(cell, arch, monkeypatch, tmp_path):
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path / 'cache'))
     launched = {}
 
-    class Recorder:  # in a kernel's place: keeps what it is launched with
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            return self.launch
-
-        def launch(self, *args, **options):
-            launched[self.kernel, tuple(a is None for a in args), tuple(sorted(options.items()))] = args
+    def record(kernel, *args, **options):
+        launched[kernel, tuple(a is None for a in args), tuple(sorted(options.items()))] = args
 
     for name in kernels.__all__:
-        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name)))
+        launch = functools.partial(record, getattr(kernels, name))
+        monkeypatch.setattr(kernels, name, defaultdict(lambda launch=launch: launch))  # kernel[any grid]
     for later in (False, True):
         inputs = step_inputs(cell, (8, 64, 16, 16), later, torch.bfloat16)
         launches.step(cell, *inputs)
@@ -137,26 +128,20 @@ def test_kernels_fit_into_registers(cell, arch, monkeypatch, tmp_path):
     for (kernel, _, options), args in launched.items():
         constants = dict(options)
         warps = constants.pop('num_warps', 4)
-        signature, attributes = {name: 'constexpr' for name in constants}, {}
+        signature, attributes = dict.fromkeys(kernel.arg_names, 'constexpr'), {}
         for k, (name, arg) in enumerate(zip(kernel.arg_names, args)):
             if arg is None or (isinstance(arg, int) and arg == 1):  # as Triton's launcher has it
-                signature[name], constants[name] = 'constexpr', arg
+                constants[name] = arg
                 continue
             signature[name] = pointers[arg.dtype] if isinstance(arg, torch.Tensor) else 'i32'
             if isinstance(arg, torch.Tensor) or arg % 16 == 0:
                 attributes[(k,)] = [['tt.divisibility', 16]]
-        source = ASTSource(
-            fn=kernel,
-            signature={name: signature[name] for name in kernel.arg_names},
-            constexprs=constants,
-            attrs=attributes,
-        )
+        source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget('cuda', arch, 32), options={'num_warps': warps})
         binary = tmp_path / 'kernel.cubin'
         binary.write_bytes(compiled.asm['cubin'])
-        usage = subprocess.run(
-            [cuobjdump, '--dump-resource-usage', str(binary)], check=True, capture_output=True, text=True
-        ).stdout
+        command = [cuobjdump, '--dump-resource-usage', str(binary)]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         registers, stack = (int(re.search(rf'{what}:(\d+)', usage)[1]) for what in ('REG', 'STACK'))
         print(f'{kernel.fn.__name__}, H {later}, {options}: {registers} registers, {stack} bytes of stack')
         assert stack == 0 and registers <= 192, f'{kernel.fn.__name__} {options}: {usage}'
@@ -263,10 +248,7 @@ def test_fused_steps_have_the_operations_of_the_equations(cell, later):
     from timm_regnet_reg.fused import operators
 
     inputs = step_inputs(cell, (2, 4, 5, 3), later)
-    inputs = [None if t is None else t.detach().to('meta').requires_grad_() for t in inputs]
-
-    X, H, C, *W = inputs
-
+    X, H, C, *W = inputs = [None if t is None else t.detach().to('meta').requires_grad_() for t in inputs]
     with FlopCounterMode(display=False) as counter:
         getattr(equations, cell)(X, H, C, equations.kernels(*(K.flatten(0, 1) for K in W), len(W[0])))
         expected = counter.get_total_flops()

@@ -59,17 +59,16 @@ def test_saved_and_published_network_comes_back(hub, tmp_path, name, regulate_kw
     saved = save(model, tmp_path / 'saved')
     push_to_hf_hub(model, 'owner/name', safe_serialization=True)
     x = images(model.in_chans)
-    with torch.no_grad():
-        for loaded in (load('hf-hub:owner/name'), load(saved)):
-            assert type(loaded) is type(model) and list(loaded.state_dict()) == list(model.state_dict())
-            assert torch.equal(loaded(x), model(x)) and loaded(x).abs().max() > 1e-3
-        assert torch.equal(load(saved, num_classes=7).forward_features(x), model.forward_features(x))
-        intermediates = model.forward_intermediates(x, intermediates_only=True)
-        assert all(map(torch.equal, load(saved, features_only=True)(x), intermediates))
-        for in_chans in {1, 3} - {model.in_chans}:
-            other = load(saved, in_chans=in_chans, num_classes=7)
-            assert other(images(in_chans)).shape == (2, 7)
-            assert torch.equal(other.layer2[0].conv1.weight, model.layer2[0].conv1.weight)
+    for loaded in (load('hf-hub:owner/name'), load(saved)):
+        assert type(loaded) is type(model) and list(loaded.state_dict()) == list(model.state_dict())
+        assert torch.equal(loaded(x), model(x)) and loaded(x).abs().max() > 1e-3
+    assert torch.equal(load(saved, num_classes=7).forward_features(x), model.forward_features(x))
+    intermediates = model.forward_intermediates(x, intermediates_only=True)
+    assert all(map(torch.equal, load(saved, features_only=True)(x), intermediates))
+    for in_chans in {1, 3} - {model.in_chans}:
+        other = load(saved, in_chans=in_chans, num_classes=7)
+        assert other(images(in_chans)).shape == (2, 7)
+        assert torch.equal(other.layer2[0].conv1.weight, model.layer2[0].conv1.weight)
     assert load(saved, drop_path_rate=0.1).train()(x).requires_grad
     assert torch.equal(load(save(loaded, tmp_path / 'again'))(x), model(x))
 
@@ -83,10 +82,7 @@ def test_folder_of_an_earlier_version_gives_the_outputs_that_it_gave(hub, folder
     assert any(key.endswith('fusion_conv.weight') for key in weights)
     x, expected = safetensors.torch.load_file(folder / 'outputs.safetensors').values()
     hub.add_repo('owner/kept', {path.name: path.read_bytes() for path in folder.iterdir()})
-    by_hand = load(f'local-dir:{folder}')
-    with torch.no_grad():
-        for p in by_hand.parameters():
-            p.zero_()
+    by_hand = enliven(load(f'local-dir:{folder}'))
     by_hand.load_state_dict(weights)
     for model in (load(f'local-dir:{folder}'), load('hf-hub:owner/kept'), by_hand):
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
@@ -122,11 +118,10 @@ def test_packaged_weights_bring_their_arguments(tmp_path, monkeypatch, name, mad
     monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', tmp_path)
     cfg = pretrained.trained_cfgs()[f'{name}.tag']
     loaded = load(name, pretrained_cfg=cfg)
-    with torch.no_grad():
-        assert torch.equal(loaded(images()), model(images()))
-        assert torch.equal(load(save(loaded, tmp_path / 'again'))(images()), model(images()))
-        features = load(name, pretrained_cfg=cfg, features_only=True)(images())
-        assert torch.equal(features[-1], model.forward_features(images()))
+    assert torch.equal(loaded(images()), model(images()))
+    assert torch.equal(load(save(loaded, tmp_path / 'again'))(images()), model(images()))
+    features = load(name, pretrained_cfg=cfg, features_only=True)(images())
+    assert torch.equal(features[-1], model.forward_features(images()))
     with pytest.raises(RuntimeError, match='missing: layer2.0.regulator_bn.weight'):  # the caller's come first
         load(name, pretrained_cfg=cfg, regulated_stages=(2,))
     assert json.loads((tmp_path / 'again/config.json').read_text())['model_args']['regulated_stages'] == [1]
@@ -137,9 +132,8 @@ def test_init_weights_starts_everything_again(shortcut):
     torch.manual_seed(0)
     model = timm.create_model('regnet_reg_resnet20_convlstm', shortcut=shortcut)
     start = {key: value.detach().clone() for key, value in model.named_parameters()}
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1)
+    for p in model.parameters():
+        p.data.add_(1)
     model.init_weights()
     last = model.layer1[0].bn2.weight
     assert last.any() if shortcut == 'none' else not last.any()

@@ -65,7 +65,8 @@ def test_entrypoint_can_be_looked_up_and_explains_itself(name):
 
 @pytest.mark.parametrize('name', SOME_CELLS)
 def test_default_cfg_and_feature_info_describe_the_network(name):
-    model = timm.create_model(name, device='meta').eval()
+    model = timm.create_model(name, device='meta', dtype=torch.bfloat16).eval()
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
     cfg = model.default_cfg
     assert cfg is model.pretrained_cfg
     assert cfg['architecture'] == name
@@ -79,7 +80,7 @@ def test_default_cfg_and_feature_info_describe_the_network(name):
     assert isinstance(model.get_submodule(cfg['first_conv']), nn.Conv2d)
     assert model.get_submodule(cfg['classifier']).out_features == model.num_classes == cfg['num_classes']
 
-    x = torch.empty(2, *cfg['input_size'], device='meta')
+    x = torch.empty(2, *cfg['input_size'], device='meta', dtype=torch.bfloat16)
     final, features = model.forward_intermediates(x)
     assert final.shape == (2, model.num_features, *cfg['pool_size'])
     info = FeatureInfo(model.feature_info, len(features))
@@ -113,9 +114,8 @@ def test_plain_part_of_the_state_dict_is_timms_own(name):
     ]
 
 
-@pytest.mark.parametrize(
-    'name', [name for name in SOME_CELLS if not re.search('34|44|56|101|110|152', name)]
-)  # the same blocks
+# deeper ones have the same blocks
+@pytest.mark.parametrize('name', [name for name in SOME_CELLS if not re.search('34|44|56|101|110|152', name)])
 def test_every_parameter_is_used_in_training(name):
     model = timm.create_model(name, device='meta').train()
     model(torch.empty(2, 3, 64, 64, device='meta')).sum().backward()
@@ -143,21 +143,20 @@ print([module for module in sys.modules if module.startswith(drawers)])
 def test_head_and_features_come_apart(net):
     model = lively(net)
     x = images(model)
-    with torch.no_grad():
-        logits, features = model(x), model.forward_features(x)
-        pooled = model.forward_head(features, pre_logits=True)
-        assert_close(pooled, features.mean((2, 3)))
-        assert pooled.shape == (2, model.num_features) == (2, model.head_hidden_size)
-        assert torch.equal(model.forward_head(features), logits)
-        assert torch.equal(model.get_classifier()(pooled), logits)
-        model.reset_classifier(5, 'max')
-        assert torch.equal(model(x), model.fc(features.amax((2, 3))))
-        for pool, expected in (('max', features.amax((2, 3))), ('avg', pooled), ('', features)):
-            model.reset_classifier(0, pool)
-            assert model.num_classes == 0
-            for headless in (model, lively(net, num_classes=0, global_pool=pool)):
-                assert torch.equal(headless(x), expected)
-        assert lively(net, global_pool='catavgmax')(x).shape == logits.shape
+    logits, features = model(x), model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert_close(pooled, features.mean((2, 3)))
+    assert pooled.shape == (2, model.num_features) == (2, model.head_hidden_size)
+    assert torch.equal(model.forward_head(features), logits)
+    assert torch.equal(model.get_classifier()(pooled), logits)
+    model.reset_classifier(5, 'max')
+    assert torch.equal(model(x), model.fc(features.amax((2, 3))))
+    for pool, expected in (('max', features.amax((2, 3))), ('avg', pooled), ('', features)):
+        model.reset_classifier(0, pool)
+        assert model.num_classes == 0
+        for headless in (model, lively(net, num_classes=0, global_pool=pool)):
+            assert torch.equal(headless(x), expected)
+    assert lively(net, global_pool='catavgmax')(x).shape == logits.shape
 
 
 @pytest.mark.parametrize('net', NETS)
@@ -169,15 +168,14 @@ def test_features_are_what_each_stages_last_block_gives(net):
     for module in (model.act1, *(model.get_submodule(info['module'])[-1] for info in model.feature_info[1:])):
         module.register_forward_hook(lambda *args: taps.append(args[-1].clone()))
     last = len(model.feature_info) - 1
-    with torch.no_grad():
-        for indices, wanted in ((None, range(last + 1)), (2, [last - 1, last]), ([-1, 1], [1, last]), ([0], [0])):
-            final, found = model.forward_intermediates(x, indices)
-            assert torch.equal(final, model.forward_features(x))
-            early, alone = model.forward_intermediates(x, indices, stop_early=True)
-            assert len(found) == len(alone) == len(wanted)
-            for i, feature, other in zip(wanted, found, alone):
-                assert torch.equal(feature, taps[i]) and torch.equal(other, taps[i])
-            assert torch.equal(early, model.maxpool(taps[0]) if wanted == [0] else taps[last])
+    for indices, wanted in ((None, range(last + 1)), (2, [last - 1, last]), ([-1, 1], [1, last]), ([0], [0])):
+        final, found = model.forward_intermediates(x, indices)
+        assert torch.equal(final, model.forward_features(x))
+        early, alone = model.forward_intermediates(x, indices, stop_early=True)
+        assert len(found) == len(alone) == len(wanted)
+        for i, feature, other in zip(wanted, found, alone):
+            assert torch.equal(feature, taps[i]) and torch.equal(other, taps[i])
+        assert torch.equal(early, model.maxpool(taps[0]) if wanted == [0] else taps[last])
 
 
 def extractor_of(model, net, feature_cls='list', **kwargs):
@@ -207,16 +205,15 @@ def test_feature_extractors_give_the_intermediate_features(net, kwargs, feature_
     x = images(model)
     indices = kwargs.get('out_indices', range(len(model.feature_info)))
     extractor = extractor_of(model, net, feature_cls, **kwargs)
-    with torch.no_grad():
-        expected = model.forward_intermediates(x, list(indices), intermediates_only=True)
-        for _ in range(2):
-            actual = extractor(x)
-            if feature_cls == 'dict':
-                assert list(actual) == [str(i) for i in indices]
-                actual = list(actual.values())
-            assert_close(actual, expected)
-        if feature_cls in ('list', 'fx'):
-            assert_close(torch.jit.script(extractor)(x), expected)
+    expected = model.forward_intermediates(x, list(indices), intermediates_only=True)
+    for _ in range(2):
+        actual = extractor(x)
+        if feature_cls == 'dict':
+            assert list(actual) == [str(i) for i in indices]
+            actual = list(actual.values())
+        assert_close(actual, expected)
+    if feature_cls in ('list', 'fx'):
+        assert_close(torch.jit.script(extractor)(x), expected)
     assert extractor.feature_info.channels() == [e.shape[1] for e in expected]
     assert extractor.feature_info.reduction() == [x.shape[2] // e.shape[2] for e in expected]
 
@@ -232,10 +229,9 @@ def test_output_stride(net, output_stride):
     extractor = extractor_of(model, net, output_stride=output_stride)
     reductions = [min(r, output_stride) for r in ((1, 1, 2, 4) if net == 'cifar' else (2, 4, 8, 16, 32))]
     assert extractor.feature_info.reduction() == reductions
-    with torch.no_grad():
-        features = extractor(x)
-        assert [f.shape[2:] for f in features] == [(-(-65 // r), 96 // r) for r in reductions]
-        assert torch.equal(model.forward_features(x), features[-1])
+    features = extractor(x)
+    assert [f.shape[2:] for f in features] == [(-(-65 // r), 96 // r) for r in reductions]
+    assert torch.equal(model.forward_features(x), features[-1])
 
 
 @pytest.mark.parametrize('net', ONE_OF_EACH)
@@ -243,20 +239,19 @@ def test_pruned_network_keeps_the_features_asked_for(net):
     model = lively(net)
     x = images(model)
     last = len(model.feature_info) - 1
-    with torch.no_grad():
-        features = model.forward_intermediates(x, intermediates_only=True)
-        for indices, kept in [([1], [1]), ([0, 2], [0, 2]), (1, [last]), ([0], [0]), ([-2], [last - 1])]:
-            pruned = copy.deepcopy(model)
-            assert list(pruned.prune_intermediate_layers(indices)) == kept
-            pruned.set_grad_checkpointing(net == 'partly')
-            for actual, i in zip(pruned.forward_intermediates(x, kept, intermediates_only=True), kept):
-                assert torch.equal(actual, features[i])
-            assert torch.equal(pruned(x), features[kept[-1]])
-            assert pruned.num_features == pruned.head_hidden_size == features[kept[-1]].shape[1]
-            assert not any(key.startswith(('fc', f'layer{kept[-1] + 1}')) for key in pruned.state_dict())
-        whole = copy.deepcopy(model)
-        whole.prune_intermediate_layers(1, prune_head=False)
-        assert torch.equal(whole(x), model(x))
+    features = model.forward_intermediates(x, intermediates_only=True)
+    for indices, kept in [([1], [1]), ([0, 2], [0, 2]), (1, [last]), ([0], [0]), ([-2], [last - 1])]:
+        pruned = copy.deepcopy(model)
+        assert list(pruned.prune_intermediate_layers(indices)) == kept
+        pruned.set_grad_checkpointing(net == 'partly')
+        for actual, i in zip(pruned.forward_intermediates(x, kept, intermediates_only=True), kept):
+            assert torch.equal(actual, features[i])
+        assert torch.equal(pruned(x), features[kept[-1]])
+        assert pruned.num_features == pruned.head_hidden_size == features[kept[-1]].shape[1]
+        assert not any(key.startswith(('fc', f'layer{kept[-1] + 1}')) for key in pruned.state_dict())
+    whole = copy.deepcopy(model)
+    whole.prune_intermediate_layers(1, prune_head=False)
+    assert torch.equal(whole(x), model(x))
 
 
 @pytest.mark.parametrize('net', ['cifar', 'basic se'])
@@ -318,11 +313,10 @@ def test_grad_checkpointing_changes_nothing_but_memory(net, feature_cls):
 def test_any_image_and_batch_size(net, size):
     model, plain = lively(net), lively(net, regulated_stages=(), shortcut='conv')
     x = images(model, 3, size)
-    with torch.no_grad():
-        _, features = model.forward_intermediates(x)
-        assert [f.shape for f in features] == [f.shape for f in plain.forward_intermediates(x)[1]]
-        assert all(f.isfinite().all() for f in features)
-        assert_close(torch.cat([model(image[None]) for image in x]), model(x), 1e-4)
+    _, features = model.forward_intermediates(x)
+    assert [f.shape for f in features] == [f.shape for f in plain.forward_intermediates(x)[1]]
+    assert all(f.isfinite().all() for f in features)
+    assert_close(torch.cat([model(image[None]) for image in x]), model(x), 1e-4)
 
 
 @pytest.mark.parametrize('net', NETS)
@@ -353,26 +347,16 @@ def test_channels_last_is_kept_through_the_network(net):
 def test_precisions(net):
     model = lively(net).double()
     x = images(model).double()
-    with torch.no_grad():
-        expected = model(x)
-        assert expected.dtype == torch.float64
-        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
-            low = copy.deepcopy(model).to(dtype)(x.to(dtype))
-            assert low.dtype == dtype
-            assert_close(low, expected, tolerance, str(dtype))
-        with torch.autocast('cpu', torch.bfloat16):
-            low = model.float()(x.float())
-        assert low.dtype == torch.bfloat16
-        assert_close(low, expected, 0.1, 'autocast')
-
-
-@pytest.mark.parametrize('net', ['cifar se pad', 'se groups', 'no shortcut'])
-def test_device_and_dtype_arguments(net):
-    for dtype in (torch.float64, torch.bfloat16):
-        model = create(net, dtype=dtype)
-        assert {t.dtype for t in model.parameters()} == {dtype}
-        assert model(images(model).to(dtype)).dtype == dtype
-    assert {t.device.type for t in create(net, device='meta').state_dict().values()} == {'meta'}
+    expected = model(x)
+    assert expected.dtype == torch.float64
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        low = copy.deepcopy(model).to(dtype)(x.to(dtype))
+        assert low.dtype == dtype
+        assert_close(low, expected, tolerance, str(dtype))
+    with torch.autocast('cpu', torch.bfloat16):
+        low = model.float()(x.float())
+    assert low.dtype == torch.bfloat16
+    assert_close(low, expected, 0.1, 'autocast')
 
 
 # torch.func and forward-mode derivatives
@@ -448,9 +432,8 @@ def test_scripts(net):
     torch.jit.save(torch.jit.script(model), stream)
     stream.seek(0)
     scripted = torch.jit.load(stream)
-    with torch.no_grad():
-        for x in (images(model), images(model, 3, (65, 40))):
-            assert_close(scripted(x), model(x))
+    for x in (images(model), images(model, 3, (65, 40))):
+        assert_close(scripted(x), model(x))
     assert_close(train_step(scripted.double(), x.double()), train_step(model.double(), x.double()), 1e-6)
 
 
@@ -477,15 +460,13 @@ def test_no_state_survives_a_forward(net):
     model = lively(net)
     weights = copy.deepcopy(model.state_dict())
     x = images(model)
-    with torch.no_grad():
-        expected = model(x)
-        for batch, size in ((1, (40, 40)), (5, (33, 65)), (2, None)):
-            model(images(model, batch, size, seed=1))
-            assert torch.equal(model(x), expected)
+    expected = model(x)
+    for batch, size in ((1, (40, 40)), (5, (33, 65)), (2, None)):
+        model(images(model, batch, size, seed=1))
+        assert torch.equal(model(x), expected)
     train_step(model, images(model, 4, seed=2))
     model.load_state_dict(weights)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(x), expected)
+    assert torch.equal(model.eval()(x), expected)
     assert not any(isinstance(value, torch.Tensor) for m in model.modules() for value in vars(m).values())
 
 
@@ -501,11 +482,10 @@ def test_drop_rates():
     model = lively('bottleneck', **rates)
     assert drops(model) == drops(timm.create_model('resnet50', **TINY, **rates)) != {}
     x = images(model)
-    with torch.no_grad():
-        assert torch.equal(model(x), lively('bottleneck')(x))
-        for name, rate in rates.items():
-            model = lively('bottleneck', **{name: rate}).train()
-            assert not torch.equal(model(x), model(x)), name
+    assert torch.equal(model(x), lively('bottleneck')(x))
+    for name, rate in rates.items():
+        model = lively('bottleneck', **{name: rate}).train()
+        assert not torch.equal(model(x), model(x)), name
 
 
 @pytest.mark.parametrize(
