@@ -16,7 +16,6 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Dict
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -29,13 +28,13 @@ def git_name(data: bytes) -> str:
 
 
 class Repo:
-    def __init__(self, private: bool, files: Dict[str, bytes]):
+    def __init__(self, private: bool, files: dict[str, bytes]):
         self.private = private
-        self.commits: Dict[str, Dict[str, bytes]] = {}
-        self.refs: Dict[str, str] = {}
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.refs: dict[str, str] = {}
         self.commit('main', files)
 
-    def commit(self, ref: str, files: Dict[str, bytes]) -> str:
+    def commit(self, ref: str, files: dict[str, bytes]) -> str:
         oid = hashlib.sha1(repr((len(self.commits), sorted(files.items()))).encode()).hexdigest()
         self.commits[oid] = files
         self.refs[ref] = oid
@@ -46,23 +45,19 @@ class HubServer:
     """The server, started on a free port of the loopback interface."""
 
     def __init__(self):
-        self.repos: Dict[str, Repo] = {}
+        self.repos: dict[str, Repo] = {}
         self.requests = []  # 'METHOD path' of each request
-        self.faults: Dict[str, str] = {}
+        self.faults: dict[str, str] = {}
         self.http = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
         self.endpoint = f'http://127.0.0.1:{self.http.server_address[1]}'
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-
-    def add_repo(self, repo_id: str, files: Dict[str, bytes]) -> str:
+    def add_repo(self, repo_id: str, files: dict[str, bytes]) -> str:
         """Puts a public repository there as if it had been pushed long ago. Returns its commit."""
         self.repos[repo_id] = Repo(False, files)
         return self.repos[repo_id].refs['main']
 
-    def files(self, repo_id: str, revision: str = 'main') -> Dict[str, bytes]:
+    def files(self, repo_id: str, revision: str = 'main') -> dict[str, bytes]:
         return self.repos[repo_id].commits[self.repos[repo_id].refs[revision]]
 
     def snapshot(self) -> dict:
@@ -70,11 +65,9 @@ class HubServer:
         return {name: {ref: self.files(name, ref) for ref in repo.refs} for name, repo in self.repos.items()}
 
     def fault(self, kind: str, step: str) -> None:
-        """Makes a step fail, until it is taken out of `faults`.
+        """Makes a step in _ROUTES fail, or 'answer', that of a commit that is done, until it is taken out of `faults`.
 
-        Args:
-            kind: 'drop' closes the connection amid a request, '500' answers so, 'corrupt' tells other hashes.
-            step: One of those in _ROUTES, or 'answer', a commit that is done but whose answer never arrives.
+        'drop' closes the connection amid a request, '500' answers so, 'corrupt' tells other hashes.
         """
         assert step == 'answer' or step in [step for _, step in _ROUTES]
         self.faults[step] = kind
@@ -235,4 +228,5 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv('HF_TOKEN', 'hf_owner')
     monkeypatch.delenv('HUGGING_FACE_HUB_TOKEN', raising=False)
     yield server
-    server.close()
+    server.http.shutdown()
+    server.http.server_close()

@@ -13,7 +13,6 @@ from timm_regnet_reg.commands import bench
 from timm_regnet_reg.papers import baselines, timing
 
 CPU = torch.device('cpu')
-
 BASELINES = ['naive-convlstm', 'dense-convrnn']
 
 

@@ -72,20 +72,6 @@ def test_images_of_a_folder_are_padded_and_otherwise_exact(source, tmp_path):
     check(tmp_path / 'out')
 
 
-def test_a_mount_point_can_be_written(source, tmp_path, monkeypatch):
-    out, rename = tmp_path / 'out', os.rename
-    out.mkdir()
-
-    def rename_within_devices(path, target):
-        if out in Path(path).parents and out in Path(target).parents:
-            return rename(path, target)
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    monkeypatch.setattr(os, 'rename', rename_within_devices)
-    assert main(['cifar', str(out), '--source', str(source)]) == 0
-    check(out)
-
-
 def test_cifar100_has_a_hundred_classes(source, tmp_path, capsys):
     command = ['cifar', str(tmp_path / 'out'), '--dataset', 'cifar100', '--source', str(source)]
     assert main(command) == 1
@@ -128,13 +114,20 @@ def test_a_source_that_is_not_cifar_is_refused_and_leaves_nothing(spoil, message
 
 @pytest.mark.parametrize('target', ['link', 'dangling', 'here'])
 def test_a_folder_stays_what_it_is(target, source, tmp_path, monkeypatch):
-    """A link to a folder, empty or not there, and the working directory, which a shell would lose."""
-    real = tmp_path / 'real'
+    """A link to a mount point, empty or not there, and the working directory, which a shell would lose."""
+    real, rename = tmp_path / 'real', os.rename
     if target != 'dangling':
         real.mkdir()
         monkeypatch.chdir(real)
     (tmp_path / 'out').symlink_to(real)
     before = target != 'dangling' and real.stat().st_ino
+
+    def rename_within_devices(path, target):
+        if real in Path(path).parents and real in Path(target).parents:
+            return rename(path, target)
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, 'rename', rename_within_devices)
     assert main(['cifar', '.' if target == 'here' else str(tmp_path / 'out'), '--source', str(source)]) == 0
     check(real)
     assert (tmp_path / 'out').is_symlink() and before in (False, real.stat().st_ino)

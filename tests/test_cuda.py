@@ -19,7 +19,6 @@ from timm_regnet_reg import fused
 from timm_regnet_reg.__main__ import main
 
 DEVICE = 'cuda'
-
 FORMATS = (torch.contiguous_format, torch.channels_last)
 # of the norm of what float64 gives on the CPU: the logits', and the largest of the gradients'
 TOLERANCES = {

@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import full_disk
 from PIL import Image
-from test_recipes import load, parsers, train_script  # noqa: F401, fixtures
+from test_recipes import ROOT, load, parsers, train_script  # noqa: F401, two fixtures
 from test_resident import write_folder
 
 import timm_regnet_reg
@@ -25,7 +25,6 @@ from timm_regnet_reg.papers.resident import Network
 from timm_regnet_reg.papers.results import COLUMNS, ROWS, TABLES, Run, add_result, read_results, report
 from timm_regnet_reg.weights.files import locked
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = load('cifar10')
 SHORT = {**RECIPE, 'epochs': 2, 'batch_size': 16}
 PUBLISHED = ROOT / 'train_recipes' / 'results' / 'cifar10.csv'

@@ -139,8 +139,7 @@ def test_top1_is_that_of_timms_loader_on_the_same_folder(dataset, tmp_path):
     data = create_dataset('', root=str(tmp_path), split='validation')
     options = dict(batch_size=7, num_workers=0, use_prefetcher=True, device=torch.device('cpu'))
     network.model.eval()
-    with torch.no_grad():
-        hits = torch.cat([network.model(x).argmax(1) == y for x, y in create_loader(data, **config, **options)])
+    hits = torch.cat([network.model(x).argmax(1) == y for x, y in create_loader(data, **config, **options)])
     assert network.result()['top1'] == pytest.approx(100 * hits.float().mean().item(), abs=1e-3)
 
 
