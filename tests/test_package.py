@@ -176,6 +176,8 @@ def no_scoring(monkeypatch):
         ({'tag': '../up'}, 'expected letters, digits'),
         ({'recipe': 'absent.yaml'}, 'cannot be read as a recipe'),
         ({'recipe': os.devnull}, 'cannot be read as a recipe'),
+        ({'license': ' '}, '--license'),
+        ({'data_name': '\udcff'}, '--data-name'),
         ({'workers': -1}, 'from 0 to'),
         ({'device': 'cuda:99'}, '--device cuda:99: expected cpu'),
         ({'split': '.'}, "--split '.'"),

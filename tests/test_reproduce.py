@@ -20,6 +20,7 @@ from test_resident import write_folder
 import timm_regnet_reg
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.commands import reproduce
+from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.papers import results as papers_results
 from timm_regnet_reg.papers.resident import Network
 from timm_regnet_reg.papers.results import COLUMNS, ROWS, TABLES, Run, add_result, read_results, report
@@ -108,6 +109,7 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
     'found, instead, message',
     [
         ('90.5', 'nan', 'cannot be'),
+        ('90.5', '-5', 'cannot be'),
         ('0.25', 'inf', 'cannot be'),
         ('5000', '', 'invalid literal'),
         ('cifar_resnet20', 'resnet50', 'no row of the tables'),
@@ -184,6 +186,22 @@ def test_a_run_is_trained_once_by_one_process_goes_on_and_can_be_packaged(clone,
     command += ['--data-dir', 'data', '--data-name', 'noise', '--recipe', 'train_recipes/cifar10.yaml']
     assert main(command) == 0
     assert '2 of 2' in Path(f'{rows[1].split()[0]}.tiny', 'README.md').read_text()
+
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('no memory'), OSError(28, 'No space left'), UserError('nan')])
+def test_what_fails_for_one_run_is_told_and_others_go_on(error, clone, capsys, monkeypatch):
+    result = Network.result
+
+    def failing(network):
+        if network.run.row == ROWS[0]:
+            raise error
+        return result(network)
+
+    monkeypatch.setattr(Network, 'result', failing)
+    models = [ROWS[0].model, ROWS[1].model]
+    assert main(['reproduce', '--data-dir', 'data', '--results', 'results', '--models', *models]) == 1
+    assert '1 of 2 runs are not done' in capsys.readouterr().err
+    assert [result['model'] for result in read_results(Path('results', 'cifar10.csv'))] == models[1:]
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,7 @@ def process(script):
 
 
 BAR = 'from tqdm import tqdm; bar = tqdm(total=2); bar.update(); '
+BUFFERED = {'PYTHONUNBUFFERED': ''}  # as it is by default
 SIGNAL = 'try: os.kill(os.getpid(), signal.{}); time.sleep(60)\n    finally: print("cleaned up")'
 
 
@@ -136,6 +137,8 @@ SIGNAL = 'try: os.kill(os.getpid(), signal.{}); time.sleep(60)\n    finally: pri
         ('raise ValueError("unforeseen")', '{command}', {}, 1, '', 'ValueError: unforeseen\n'),
         ('raise BrokenPipeError("of a connection")', '{command}', {}, 1, '\n', 'BrokenPipeError: of a connection\n'),
         ('print("x\\n" * 10**6)', '{command} | head -1', {}, 141, 'x\n', ''),
+        ('print("x"); raise UserError("mend it")', '{command} | true', BUFFERED, 1, '', 'error: mend it\n'),
+        ('print("x"); sys.exit(0)', '{command} | true', BUFFERED, 0, '', ''),
         ('print("all")', '{command} >&-', {}, 0, '', ''),
         ('print("all", file=sys.stderr); print("out")', '{command} 2>&-', {}, 0, 'out\n', ''),
         (BAR + 'raise UserError("mend it")', '{command} <&- >&- 2>&-', {}, 1, '', ''),

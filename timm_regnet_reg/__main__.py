@@ -60,6 +60,16 @@ def _spare_the_cores(args: argparse.Namespace) -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def _flush(text: str = '') -> bool:
+    """Whether what was printed, and `text`, is read; if nobody reads it, it is dropped, as python would try again."""
+    try:
+        print(end=text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs a command, with its arguments, or that of the process, whose streams and signals are then prepared.
 
@@ -83,19 +93,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if argv is None:
             _spare_the_cores(args)
         args.main(args)
-        sys.stdout.flush()
-        return 0
+        return 0 if _flush() else 141
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        try:
-            print(flush=True)
-        except BrokenPipeError:  # nobody reads; python would try again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
+        if _flush('\n'):  # a connection's
+            raise
+        return 141
+    except SystemExit:
+        _flush()
         raise
+    _flush()
     # here, where the error's frames are gone, and their progress bars with them: the message starts a line
     print(f'regnet-reg: error: {message}', file=sys.stderr)
     return 1

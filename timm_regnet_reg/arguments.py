@@ -16,6 +16,13 @@ def count(text: str, least: int = 0) -> int:
 positive = partial(count, least=1)
 
 
+def words(text: str) -> str:
+    """An argument type: text in one line, and not nothing."""
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f'{text!r} was given, expected a word or more in one line')
+    return text
+
+
 def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='holds {split}/<class>/<image>')
     parser.add_argument('--split', default='validation', help='folder of the images (default: %(default)s)')

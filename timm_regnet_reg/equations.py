@@ -33,11 +33,7 @@ State = Tuple[torch.Tensor, Optional[torch.Tensor]]  # H and C, (B, N, height, w
 def kernels(K_x: torch.Tensor, K_h: torch.Tensor, b: torch.Tensor, gates: int) -> Kernels:
     """What the time steps of a stage are given, taken apart once for all of them.
 
-    Args:
-        K_x: Kernels of X of all gates (G·N, 1, 3, 3).
-        K_h: Kernels of H, likewise.
-        b: Biases (G·N,).
-        gates: G.
+    Of all G gates, `K_x` and `K_h` (G·N, 1, 3, 3) are the kernels of X and of H, and `b` (G·N,) the biases.
     """
     W = [K_x.unflatten(0, (gates, -1)), K_h.unflatten(0, (gates, -1)), b.unflatten(0, (gates, -1))]
     if gates == 1:  # Core ML's converter knows no single chunk

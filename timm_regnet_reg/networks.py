@@ -218,8 +218,6 @@ def check_stages(stages: Optional[Sequence[int]], num_stages: int) -> Tuple[int,
     if stages is None:
         return tuple(known)
     if not isinstance(stages, (tuple, list)) or not set(stages) <= set(known):
-        raise ValueError(
-            f'Unknown stages {stages!r}: give a tuple of stage numbers from 1 to {num_stages}, such as (1,); '
-            'None is all stages, () is none.'
-        )
+        told = f'give a tuple of stage numbers from 1 to {num_stages}, such as (1,); None is all stages, () is none'
+        raise ValueError(f'Unknown stages {stages!r}: {told}.')
     return tuple(sorted(set(stages)))

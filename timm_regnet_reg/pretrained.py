@@ -18,7 +18,7 @@ from timm.models._hub import load_model_config_from_path
 from .blocks import RegulatedStage, split_fusions
 from .errors import UserError
 from .networks import RegulatedResNet
-from .regulate import check_regulated
+from .regulate import check_layers
 
 # in an installed package the folder lies inside it, in a checkout beside it
 WEIGHTS_FOLDER = Path(__file__).parent / 'pretrained_cfgs'
@@ -117,8 +117,9 @@ def prepare_checkpoint(state_dict: Dict[str, Any], model: RegulatedResNet) -> Di
         return key.startswith('fc.') or key.endswith('.num_batches_tracked') or (warm_start and _is_added(key))
 
     try:
-        if warm_start:
-            check_regulated(model)
+        for name, stage in model.named_children() if warm_start else ():
+            if isinstance(stage, RegulatedStage):
+                check_layers(name, stage)
         check_weights(state_dict, model, is_optional)
     except (UserError, TypeError) as error:  # a TypeError timm would take for a filter's without the argument `model`
         raise UserError(f'The weights of {cfg["architecture"]} could not be loaded. {error}') from error

@@ -128,10 +128,7 @@ def _create(
     pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
     **kwargs: Any,
 ) -> RegulatedResNet:
-    """What all entrypoints have in common.
-
-    What was recorded with packaged weights overrides the model's arguments, and the caller's override all others.
-    """
+    """What all entrypoints do; the caller's arguments come before those that were recorded with packaged weights."""
     overlay = dict(pretrained_cfg_overlay or {})
     if overlay.get('hf_hub_id') or overlay.get('url'):
         overlay.setdefault('file', None)  # packaged weights are a file, which timm would prefer
@@ -164,10 +161,8 @@ def _create(
 def _check_out_indices(indices: Union[int, Sequence[int]], num_features: int) -> None:
     given = range(-indices, 0) if isinstance(indices, int) else indices
     if len(given) == 0 or not all(-num_features <= index < num_features for index in given):
-        raise ValueError(
-            f'out_indices={indices!r} was given: indices from 0 to {num_features - 1} are expected, or the number of '
-            f'last features, from 1 to {num_features}.'
-        )
+        told = f'indices from 0 to {num_features - 1} are expected, or how many of the last ones, 1 to {num_features}'
+        raise ValueError(f'out_indices={indices!r} was given: {told}.')
 
 
 def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: str) -> Callable[..., RegulatedResNet]:

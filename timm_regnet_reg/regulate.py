@@ -33,21 +33,15 @@ def check_regulable(model: nn.Module) -> None:
             blocks.add(block)
             if type(block) not in REGULATED_BLOCKS:
                 raise TypeError(f'{name} of the given network has a block {type(block).__name__}. {_ACCEPTED}')
-        _check_layers(name, stage)
+        check_layers(name, stage)
         widths = {block.conv1.out_channels for block in stage}
         if len(widths) > 1:  # one cell reads all blocks of its stage
             told = f'has been pruned to blocks of different widths, {", ".join(map(str, sorted(widths)))}'
             raise ValueError(f'{name} of the given network {told}. {_ACCEPTED}')
 
 
-def check_regulated(model: RegulatedResNet) -> None:
-    """Raise what `regulate` raises for layers of regulated stages that can't be started at the identity."""
-    for name, stage in model.named_children():
-        if isinstance(stage, RegulatedStage):
-            _check_layers(name, stage)
-
-
-def _check_layers(name: str, stage: nn.Module) -> None:
+def check_layers(name: str, stage: nn.Module) -> None:
+    """Raise what `regulate` raises for layers of a stage, plain or regulated, that can't be started at the identity."""
     for block in stage:
         if type(block.act1) is not nn.ReLU:
             raise TypeError(f'{name} of the given network has activation {type(block.act1).__name__}. {_ACCEPTED}')

@@ -47,10 +47,7 @@ FUSED = ' fused'
 
 
 class Bench:
-    """Measures networks, by names that `create_networks` takes, and prints a row of a table for each kind of figure.
-
-    With `gpu` also what only a GPU has: fused steps, kernels and graphs.
-    """
+    """Measures networks and prints a row of a table for each kind of figure, with `gpu` also what only a GPU has."""
 
     def __init__(self, networks: List[str], repeats: int, device: torch.device, amp: bool, gpu: bool) -> None:
         self.networks, self.repeats, self.device, self.amp, self.gpu = networks, repeats, device, amp, gpu

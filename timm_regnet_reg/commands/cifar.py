@@ -7,7 +7,7 @@ DIR/train/<class>/*.png holds the training images with a border of 4 black pixel
 the papers': a window of 32x32, cut anywhere. DIR/validation/<class>/*.png holds the test images as they are, 32x32.
 
 The images come from torchvision, which downloads them (170 MB) and checks them, or from --source FOLDER, a folder with
-train/<class>/*.png and validation/<class>/*.png, all of 32x32. DIR's folders appear when they are complete.
+train/<class>/<image> and validation/<class>/<image>, all of 32x32. DIR's folders appear when they are complete.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from ..weights.scoring import ImageFolder, check_same_classes
 def _images(args: argparse.Namespace, split: str, downloads: Path) -> Any:
     """A data set of images and their labels, whose names are its `label_names`."""
     if args.source is not None:
-        return ImageFolder(Path(args.source, split), {'input_size': (3, SIZE, SIZE)}, CLASSES[args.dataset])
+        return ImageFolder(f'{args.source}/{split}', {'input_size': (3, SIZE, SIZE)}, CLASSES[args.dataset])
     try:
         kind = {'cifar10': CIFAR10, 'cifar100': CIFAR100}[args.dataset]
         data = kind(str(downloads), train=split == 'train', download=True)

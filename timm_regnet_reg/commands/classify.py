@@ -3,9 +3,8 @@
     regnet-reg classify photo.jpg holiday/
     regnet-reg classify --model resnet50.a1_in1k --topk 3 --json photo.jpg
 
-A network chooses among the classes that it was trained on, whatever the image shows: the default one knows ten
-(airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck). Nothing is printed before all images are
-classified; one that can't be read ends the command.
+A network chooses among the classes that it was trained on, whatever the image shows: the default one knows CIFAR-10's.
+Nothing is printed before all images are classified; one that can't be read ends the command.
 """
 
 import argparse

@@ -36,7 +36,6 @@ from ..weights.inference import load_model
 from ..weights.scoring import ImageFolder, check_finite, check_same_classes, score
 
 PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
-INSTALL = 'pip install "timm-regnet-reg[export]"'
 OPSET = 18  # the one that torch's exporter writes; others are converted from it
 TOLERANCE = 1e-4
 CALIBRATION_IMAGES = 512
@@ -77,6 +76,7 @@ def largest_difference(model: nn.Module, path) -> float:
         images = torch.randn(batch_size, *resolve_data_config(model=model)['input_size'], generator=generator)
         with torch.inference_mode():
             expected, actual = model(images), onnx_model(images)
+        check_finite(expected, 'the PyTorch model')
         check_finite(actual, path)
         differences.append(((actual - expected).abs().max() / expected.abs().max()).item())
     return max(differences)
@@ -134,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise UserError(f'{" and ".join(missing)}: not installed; {INSTALL}')
+        raise UserError(f'{" and ".join(missing)}: not installed; pip install "timm-regnet-reg[export]"')
     output = Path(args.output)
     if output.suffix != '.onnx':
         raise UserError(f'{output}: expected a file name that ends in .onnx')

@@ -21,7 +21,7 @@ from timm.models import clean_state_dict
 from timm.models._input import get_model_args
 from timm.utils import load_checkpoint_metadata
 
-from ..arguments import add_data, add_device, count, positive
+from ..arguments import add_data, add_device, count, positive, words
 from ..errors import UserError, reason
 from ..pretrained import check_weights
 from ..weights.folder import check_replaceable, save_folder
@@ -105,10 +105,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--model', required=True, help='the architecture that was trained')
     parser.add_argument('--tag', required=True, help='name of these weights, letters, digits and "_" (cifar10, say)')
     add_data(parser)
-    parser.add_argument('--data-name', required=True, metavar='TEXT', help='what the images are, in words')
+    parser.add_argument('--data-name', required=True, type=words, metavar='TEXT', help='what the images are, in words')
     parser.add_argument('--recipe', required=True, metavar='YAML', help='the file that train.py ran with (--config)')
     parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
-    parser.add_argument('--license', default='apache-2.0', help='of the weights (default: %(default)s)')
+    parser.add_argument('--license', default='apache-2.0', type=words, help='of the weights (default: %(default)s)')
     parser.add_argument('--output', default='.', metavar='DIR', help='where {model}.{tag}/ goes (default: here)')
     parser.add_argument('--overwrite', action='store_true', help='replace a README.md that was edited by hand, too')
     parser.add_argument('--batch-size', type=positive, default=128, metavar='N', help='to score (default: %(default)s)')

@@ -16,7 +16,8 @@ clone of timm (github.com/huggingface/pytorch-image-models), that script trains 
 
 Stop it whenever you like and start it again: what is done is skipped, and what was begun goes on: exactly where it was
 saved, every 30 seconds, on another device too; with train.py after its last complete epoch, and with another seed, as
-its random numbers start anew. Checkpoints, which `regnet-reg package` takes, are in --output.
+its random numbers start anew (end a train.py whose command was killed by force before you start again). Checkpoints,
+which `regnet-reg package` takes, are in --output.
 
 A run adds a row to {dataset}.csv in --results: accuracy of the last epoch, not the best, on all images of validation/,
 in the precision it trains in. --report prints its errors, mean and standard deviation over seeds, beside the papers',

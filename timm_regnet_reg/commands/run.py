@@ -9,7 +9,7 @@ of timm's repository:
 The script gets its arguments, --help among them, as it would from python, and its exit code and traceback are passed
 on. (train.py can do without: --device-modules timm_regnet_reg registers the models, as the recipes do.)
 
-A script that starts new Python programs, as bulk_runner.py does (the others don't), has to start those with run, too:
+A script that starts new Python programs, as bulk_runner.py does, has to start those with run, too: give bulk_runner.py
 `-m on timm_regnet_reg run benchmark.py`. timm is the one that this package was imported with, also where the script
 lies beside a timm folder of its own.
 """

@@ -311,8 +311,9 @@ def train(
     networks: List[Network] = []
     for run, folder in runs.items():
         with attempt(run):
-            networks.append(network := Network(run, images, folder, compiled))
+            network = Network(run, images, folder, compiled)
             print(f'{run}: {f"goes on after update {network.done}" if network.done else "starts"}', flush=True)
+            networks.append(network)
     saved, updates = time.monotonic(), 0
     while networks:
         for network in networks:
@@ -322,8 +323,8 @@ def train(
         now = time.monotonic()
         if now < min(stop, saved + SAVE_SECONDS) and all(network.done < network.total for network in networks):
             continue
-        running, networks = networks, []
-        for network in running:
+        for network in [*networks]:
+            networks.remove(network)  # what fails frees its memory
             with attempt(network.run):
                 network.seconds += now - saved
                 network.save(versions)

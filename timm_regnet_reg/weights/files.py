@@ -19,7 +19,7 @@ def check_writable(path, folder: bool = False) -> None:
     try:
         while not place.exists():  # folders on the way are made when they are needed
             place = place.parent
-        with TemporaryDirectory(prefix=f'.{target.name}.', dir=place):
+        with TemporaryDirectory(prefix=f'.{target.name}.', dir=place, ignore_cleanup_errors=True):
             other_kind = target.exists() and target.is_dir() != folder
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror or error}); choose another output') from error

@@ -88,7 +88,7 @@ class ImageFolder(ImageDataset):
         self.label_names = [*self.reader.class_to_idx]  # in the order of their numbers
         if len(self.label_names) != num_classes:
             told = f'{len(self.label_names)} classes ({", ".join(self.label_names[:4])}, …)'
-            raise UserError(f'{root}: holds {told}, expected {num_classes}; give the data that belongs to the network')
+            raise UserError(f'{root}: holds {told}, expected {num_classes}; give the data of those classes')
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, label = self.reader.samples[index]
