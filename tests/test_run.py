@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -117,6 +118,7 @@ def process(script):
             env={key: value for key, value in os.environ.items() if not key.startswith(('OMP_', 'GOMP_'))} | env,
             capture_output=True,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup, of these tests, ignores
         )
 
     return run
