@@ -161,7 +161,7 @@ def _create(
 def _check_out_indices(indices: Union[int, Sequence[int]], num_features: int) -> None:
     given = range(-indices, 0) if isinstance(indices, int) else indices
     if len(given) == 0 or not all(-num_features <= index < num_features for index in given):
-        told = f'indices from 0 to {num_features - 1} are expected, or how many of the last ones, 1 to {num_features}'
+        told = f'indices from 0 to {num_features - 1} are expected, or how many of the last, from 1 to {num_features}'
         raise ValueError(f'out_indices={indices!r} was given: {told}.')
 
 
