@@ -103,8 +103,7 @@ def _check(results: List[Result]) -> None:
         if (result['model'], result['arguments']) not in PLACES or result['dataset'] not in CLASSES:
             raise ValueError(f'line {line} is of no row of the tables')
         whole = [int(result[key]) for key in ('seed', 'images', 'parameters', 'multiply_adds')]
-        top1 = float(result['top1'])
-        figures = [*whole, top1, 100 - top1, float(result['train_loss'])]
+        figures = [*whole, float(result['top1']), 100 - float(result['top1']), float(result['train_loss'])]
         if not all(0 <= figure < math.inf for figure in figures):
             raise ValueError(f'line {line} has a figure that cannot be')
     runs = [' '.join(result[key] for key in IDENTITY) for result in results]

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import timer
 
 Step = Callable[[], None]
 
@@ -33,6 +32,8 @@ def create_step(model: nn.Module, images: torch.Tensor, train: bool, amp: bool) 
 def stopwatch(step: Step) -> Callable[[], float]:
     """What tells the seconds of a step, timing as many as take 0.2 s; it warms up first, and compiles what it must."""
     step()
+    from torch.utils.benchmark import timer  # not for every command: it warns of a CUDA without a GPU
+
     clock = timeit.Timer(step, timer=timer)  # which waits for the GPU
     number, _ = clock.autorange()
     return lambda: clock.timeit(number) / number
