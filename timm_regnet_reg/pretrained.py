@@ -79,16 +79,16 @@ def filter_checkpoint(state_dict: Mapping[str, Any], model: torch.nn.Module) -> 
 def check_weights(
     state_dict: Mapping[str, Any], model: torch.nn.Module, is_optional: Callable[[str], bool] = lambda key: False
 ) -> None:
-    """Check that a state dict is the network's, and finite; of shapes torch tells when it loads them.
+    """Check that a filtered state dict is the network's, and finite; of shapes torch tells when it loads them.
 
     `is_optional` says of a key whether it may be missing or extra. A UserError if weights are missing, unexpected, no
     floating-point tensors or not finite.
     """
-    own, given = model.state_dict(), filter_checkpoint(state_dict, model)
-    weights = {key: value for key, value in given.items() if not key.endswith('num_batches_tracked')}
+    own = model.state_dict()
+    weights = {key: value for key, value in state_dict.items() if not key.endswith('num_batches_tracked')}
     floats = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-    missing = [key for key in own if key not in given and not is_optional(key)]
-    unexpected = [key for key in given if key not in own and not is_optional(key)]
+    missing = [key for key in own if key not in state_dict and not is_optional(key)]
+    unexpected = [key for key in state_dict if key not in own and not is_optional(key)]
     infinite = [key for key, value in floats.items() if not value.isfinite().all()]
     for problem, keys, remedy in (
         ('missing', missing, 'Give the model, with its arguments, that was trained'),

@@ -23,7 +23,7 @@ from timm.utils import load_checkpoint_metadata
 
 from ..arguments import add_data, add_device, count, positive, words
 from ..errors import UserError, reason
-from ..pretrained import check_weights
+from ..pretrained import check_weights, filter_checkpoint
 from ..weights.folder import check_replaceable, save_folder
 from ..weights.inference import try_image
 from ..weights.scoring import ImageFolder, check_device, check_same_classes, score, split_folder
@@ -126,9 +126,9 @@ def main(args: argparse.Namespace) -> None:
     state_dict, train_args, epochs = _read_checkpoint(args.checkpoint, args.use_ema)
     try:
         model = _build(args.model, train_args, state_dict).eval()
-        architecture = model.pretrained_cfg['architecture']
-        if architecture != args.model:
+        if (architecture := model.pretrained_cfg['architecture']) != args.model:
             raise UserError(f'it is a checkpoint of {architecture}; give one of {args.model}, or that --model')
+        state_dict = filter_checkpoint(state_dict, model)
         check_weights(state_dict, model)
         model.load_state_dict(state_dict)
         data_config = resolve_input_data_config(model, train_args)

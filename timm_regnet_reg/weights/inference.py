@@ -50,8 +50,7 @@ def class_labels(model: torch.nn.Module) -> List[str]:
     return ImageNetInfo(subset).label_descriptions() if subset else [str(i) for i in range(model.num_classes)]
 
 
-def _logits(model: torch.nn.Module, image: Image.Image, data_config: Dict[str, Any]) -> torch.Tensor:
-    pixels = create_transform(**data_config)(image.convert(image_mode(data_config)))
+def _logits(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         return model(pixels[None].to(next(model.parameters()).device))[0].float()
 
@@ -59,7 +58,8 @@ def _logits(model: torch.nn.Module, image: Image.Image, data_config: Dict[str, A
 def try_image(model: torch.nn.Module, data_config: Dict[str, Any], source) -> None:
     """Classifies a made-up image; a UserError that names `source` if that fails."""
     try:
-        logits = _logits(model, Image.linear_gradient('L'), data_config)
+        image = Image.linear_gradient('L').convert(image_mode(data_config))
+        logits = _logits(model, create_transform(**data_config)(image))
     except Exception as error:  # transforms and networks raise whatever they stumble over
         raise UserError(f'{source}: cannot classify an image ({reason(error)}) with {data_config}; mend it') from error
     check_finite(logits, source)
@@ -86,12 +86,12 @@ def find_images(names: Iterable[str]) -> List[str]:
 def predict(model: torch.nn.Module, images: Iterable[Image.Image], topk: int = 5) -> Iterator[List[Dict[str, Any]]]:
     """Each image's `topk` most probable classes (all, if there are fewer), the most probable first.
 
-    Of a class there are `label`, `index` in the classifier, and `probability` from 0 to 1. A UserError if the outputs
-    aren't finite.
+    Of a class there are `label`, `index` and `probability` (0 to 1). A UserError if the outputs aren't finite.
     """
     labels, data_config = class_labels(model), resolve_data_config(model=model)
+    transform, mode = create_transform(**data_config), image_mode(data_config)
     for image in images:
-        logits = _logits(model, image, data_config)
+        logits = _logits(model, transform(image.convert(mode)))
         check_finite(logits, model.pretrained_cfg['architecture'])
         top = logits.softmax(dim=0).topk(min(topk, len(labels)))
         classes = zip(top.values.tolist(), top.indices.tolist())
