@@ -52,7 +52,7 @@ def fuses(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor],
     return (
         _enabled
         and not torch.jit.is_tracing()
-        and not torch.compiler.is_exporting()
+        and not torch.compiler._is_exporting_flag  # is_exporting() is true in torch 2.11 whenever it compiles
         and forward_ad._current_level < 0  # the operators have no forward mode
         and type(X) is torch.Tensor  # not a node of fx, nor a subclass, which operators would have to know
         and X.device.type == DEVICE
