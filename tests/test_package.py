@@ -18,6 +18,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import save_for_hf
 
 import timm_regnet_reg
+from timm_regnet_reg import pretrained
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.weights.folder import FILES, check_folder, file_sha256
@@ -107,17 +108,21 @@ def test_ema_weights_on_request(trained, package, tmp_path):
 
 def test_card_tells_what_the_run_changed_in_its_recipe_and_that_it_was_resumed(package, tmp_path):
     (tmp_path / 'recipe.yaml').write_text('epochs: 164\nopt: sgd\n')
-    assert package(change=set_args(resume='old.pth.tar'), recipe=tmp_path / 'recipe.yaml')[0] == 0
+    change = set_args(resume='old.pth.tar', amp=True, amp_dtype='bfloat16')
+    assert package(change=change, recipe=tmp_path / 'recipe.yaml')[0] == 0
     card = (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
     assert 'recipe.yaml with epochs 3 instead of 164 |' in card
-    assert '| Seed | 7 after the last resumption |' in card
+    assert '| Seed | 7 after the last resumption |' in card and 'amp_dtype: bfloat16' in card
+    assert 'regnet-reg reproduce' not in card
 
 
-def test_packaging_again_gives_the_same_bytes_and_leaves_nothing_else(packaged, package, tmp_path):
+def test_packaging_again_gives_the_same_bytes_and_leaves_nothing_else(packaged, package, tmp_path, monkeypatch):
     for _ in range(2):
         assert package()[0] == 0
         assert os.listdir(tmp_path / 'out') == [f'{MODEL}.tiny']
         assert contents(tmp_path / f'out/{MODEL}.tiny') == contents(packaged)
+    monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', tmp_path / 'out')
+    assert package()[0] == 0, 'it can write straight into the folder of packaged weights'
 
 
 class Bomb:

@@ -52,18 +52,24 @@ def test_a_run_is_known_by_all_that_decides_its_result():
     assert not run.has_result([other.identity for other in others])
 
 
-def test_published_results_are_readmes_and_of_the_short_recipe(parsers):  # noqa: F811
-    """Their options, as train.py reads them, are cifar10_short.yaml's in bf16: such a run has its row already."""
+def test_published_results_are_readmes_and_of_the_recipes(parsers):  # noqa: F811
+    """Such runs in bf16 have their rows already; of train.py's the options, as it reads them, are cifar10_short.yaml's."""
     known = read_results(PUBLISHED)
-    text = (ROOT / 'README.md').read_text() + PUBLISHED.with_name('README.md').read_text()
-    table = text.split('<!-- regnet-reg reproduce --report -->\n')[1].split('<!-- end of table -->')[0]
-    assert len(known) == 12 and len(table.splitlines()) == 6 and table in report(known)
-    short = load('cifar10_short')
-    given = parsers['train.py'].parse_args(known[0]['options'].split(), argparse.Namespace(**RECIPE))
+    text = PUBLISHED.with_name('README.md').read_text()
+    tables = [part.split('<!-- end of')[0] for part in text.split('<!-- regnet-reg reproduce --report -->\n')[1:]]
+    assert len(tables) == 2 and all(len(table.splitlines()) >= 4 and table in report(known) for table in tables)
+    amp = {'amp': True, 'amp_dtype': 'bfloat16'}
+    rows, short = TABLES['resnet20'], load('cifar10_short')
+    runs = [(row, seed, 'short', 'train.py', {**short, **amp}) for row in rows for seed in range(3)]
+    rows = rows[0], next(row for row in TABLES['stages'] if str(row) == f'{rows[3]} regulated_stages=(3,)')
+    runs += [(row, seed, 'papers', 'resident', {**RECIPE, **amp}) for row in rows for seed in range(4)]
+    assert len(runs) == len(known)
+    for row, seed, schedule, engine, recipe in runs:
+        run = create_run(row, schedule=schedule, seed=seed, engine=engine, recipe=recipe)
+        assert run.has_result(known), run
+    options = next(result['options'] for result in known if result['schedule'] == 'short')
+    given = parsers['train.py'].parse_args(options.split(), argparse.Namespace(**RECIPE))
     assert {key: getattr(given, key) for key in short} == short and given.amp and given.amp_dtype == 'bfloat16'
-    recipe = {**short, 'amp': True, 'amp_dtype': 'bfloat16'}
-    for row in TABLES['resnet20']:
-        assert create_run(row, schedule='short', seed=2, engine='train.py', recipe=recipe).has_result(known)
 
 
 @pytest.mark.parametrize('freedom, quantile', [(1, 12.7062), (4, 2.7764), (8, 2.3060), (30, 2.0423), (300, 1.9679)])
@@ -185,7 +191,8 @@ def test_a_run_is_trained_once_by_one_process_goes_on_and_can_be_packaged(clone,
     command = ['package', str(checkpoint), '--model', rows[1].split()[0], '--tag', 'tiny', '--workers', '0']
     command += ['--data-dir', 'data', '--data-name', 'noise', '--recipe', 'train_recipes/cifar10.yaml']
     assert main(command) == 0
-    assert '2 of 2' in Path(f'{rows[1].split()[0]}.tiny', 'README.md').read_text()
+    card = Path(f'{rows[1].split()[0]}.tiny', 'README.md').read_text()
+    assert '2 of 2' in card and 'trained by `regnet-reg reproduce`' in card
 
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('no memory'), OSError(28, 'No space left'), UserError('nan')])

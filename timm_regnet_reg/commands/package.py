@@ -37,7 +37,8 @@ def _read_checkpoint(path: str, use_ema: bool) -> Tuple[Dict[str, torch.Tensor],
         weights = clean_state_dict(ema if use_ema and ema else checkpoint['state_dict'])
         # --split-bn's auxiliary norms serve training alone
         state_dict = {key: value for key, value in weights.items() if '.aux_bn.' not in key}
-        train_args, epochs = vars(checkpoint['args']), int(checkpoint['epoch']) + 1
+        train_args = {**vars(checkpoint['args']), 'by_reproduce': 'momenta' in checkpoint}
+        epochs = int(checkpoint['epoch']) + 1
     except Exception as error:  # torch raises whatever it stumbles over
         raise UserError(
             f"{path}: cannot be read as a checkpoint of train.py, with 'state_dict', 'args' and 'epoch' "
@@ -60,7 +61,8 @@ def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tu
     arguments = {k: v for k, v in get_model_args(model).items() if k not in ('num_classes', 'in_chans', 'global_pool')}
     run = {**train_args, 'model': model.pretrained_cfg['architecture'], 'model_kwargs': arguments}
     changed = [f'{key} {run.get(key)} instead of {value}' for key, value in recipe.items() if run.get(key) != value]
-    keys = (*recipe, 'model', 'num_classes', 'model_kwargs', 'seed', 'epochs')
+    precision = ('amp', 'amp_dtype') if run.get('amp') else ()
+    keys = (*recipe, 'model', 'num_classes', 'model_kwargs', 'seed', 'epochs', *precision)
     options = {key: run[key] for key in keys if run.get(key) not in (None, {})}
     processes = train_args.get('world_size', 1)
     launch = 'python' if processes == 1 else f'torchrun --nproc_per_node={processes}'
@@ -71,6 +73,8 @@ def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tu
     )
     if ':' in str(train_args.get('model')):
         how += ' The run started from the network of a folder or repository.'
+    if train_args['by_reproduce']:
+        how += ' The network was trained by `regnet-reg reproduce`, which draws other views for a seed than `train.py` does.'
     if train_args.get('resume'):
         how += ' It was stopped and resumed, so that these options repeat it, but not exactly.'
     told = f'{name} with {", ".join(changed)}' if changed else name

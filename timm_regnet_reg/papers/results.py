@@ -216,7 +216,7 @@ def draw(results: List[Result], path: Path) -> None:
             axes.annotate(name, (millions, mean), xytext=(4, 4), textcoords='offset points', fontsize=7)
         axes.set_title(title.replace(', settings', ',\nsettings'), fontsize='medium')
         axes.set(xlabel='parameters, millions', ylabel='error, %')
-        axes.margins(x=0.12)  # for the names
+        axes.margins(x=0.3)  # for the names
         axes.legend(title="hollow: papers', 164 epochs")
     with replacing(path) as new:
         figure.savefig(new, dpi=100, format='png', metadata={'Software': None})
