@@ -28,8 +28,6 @@ __all__ = [
     'kernels_total',
     'lstm_backward',
     'lstm_forward',
-    'rnn_backward',
-    'rnn_forward',
 ]
 
 
@@ -118,33 +116,6 @@ def gate_sums(
         if HAS_H:
             sums = plus_products(sums, load(h_ptr + there, exist), rows(wh_ptr + tap * G * N, n, n_exist, N, gates))
     return sums, at, p_exist[:, None] & n_exist[None, :]
-
-
-# ConvRNN
-
-
-@triton.jit
-def rnn_forward(
-    x_ptr, h_ptr, wx_ptr, wh_ptr, b_ptr, out_ptr, P, height, width, N, sp, sn,
-    HAS_H: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    sums, at, exist = gate_sums(
-        x_ptr, h_ptr, wx_ptr, wh_ptr, b_ptr, P, height, width, N, sp, sn, (0,), 1, HAS_H, BP, BN
-    )
-    tl.store(out_ptr + at, tanh(sums[0]), mask=exist)
-
-
-@triton.jit
-def rnn_backward(
-    x_ptr, h_ptr, wx_ptr, wh_ptr, b_ptr, dh_ptr, ds_ptr, P, height, width, N, sp, sn,
-    HAS_H: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """From the gradient of the new H at dh_ptr to ds_ptr."""
-    sums, at, exist = gate_sums(
-        x_ptr, h_ptr, wx_ptr, wh_ptr, b_ptr, P, height, width, N, sp, sn, (0,), 1, HAS_H, BP, BN
-    )
-    h = tanh(sums[0])
-    tl.store(ds_ptr + at, load(dh_ptr + at, exist) * (1 - h * h), mask=exist)
 
 
 # ConvGRU, whose candidate sees r ⊙ H: the gates z and r are a kernel of their own
