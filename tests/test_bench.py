@@ -6,7 +6,6 @@ import torch
 import torch.nn as nn
 from networks import CELLS, enliven
 
-import timm_regnet_reg
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.cells import ConvRNN
 from timm_regnet_reg.commands import bench
@@ -135,7 +134,7 @@ def test_table_has_every_figure_of_every_network(hasty, capsys):
 def test_on_a_gpu_cells_are_measured_fused_too_with_kernels_and_graphs(hasty, monkeypatch, capsys):
     """With stand-ins for what only a GPU does; the test below has none."""
     fused = []
-    monkeypatch.setattr(timm_regnet_reg, 'set_fused', lambda on: fused.append(on), raising=False)
+    monkeypatch.setattr(bench, 'set_fused', fused.append)
     monkeypatch.setattr(bench, 'kernel_time', lambda step: step() or 0.003)
     monkeypatch.setattr(bench, 'capture', lambda step: step)
     bench.Bench(['plain', 'convrnn', 'convlstm'], 1, CPU, amp=False, gpu=True).run('resnet20', 1, compile=True)

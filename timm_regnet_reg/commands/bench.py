@@ -32,19 +32,15 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-import timm_regnet_reg
-
 from ..arguments import positive
 from ..cells import CELLS
 from ..errors import UserError
-from ..fused import FUSED_CELLS
+from ..fused import FUSED_CELLS, set_fused
 from ..papers.baselines import BASELINES, PLAIN, create_networks
 from ..papers.output import header, row
 from ..papers.timing import Step, capture, create_step, kernel_time, peak_memory, stopwatch
 from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 from ..weights.scoring import check_device
-
-FUSED = ' fused'
 
 
 class Bench:
@@ -52,7 +48,7 @@ class Bench:
 
     def __init__(self, networks: List[str], repeats: int, device: torch.device, amp: bool, gpu: bool) -> None:
         self.networks, self.repeats, self.device, self.amp, self.gpu = networks, repeats, device, amp, gpu
-        self.columns = [*networks, *(name + FUSED for name in networks if gpu and name in FUSED_CELLS)]
+        self.columns = [*networks, *(f'{name} fused' for name in networks if gpu and name in FUSED_CELLS)]
         self.failures: List[str] = []
 
     def run(self, backbone: str, batch_size: int, compile: bool) -> None:
@@ -89,12 +85,12 @@ class Bench:
             step = create_step(model, self.images, train, self.amp)
 
             def run() -> None:
-                timm_regnet_reg.set_fused(fused)
+                set_fused(fused)
                 step()
 
             return run if self.gpu else step
 
-        names = {column: column.removesuffix(FUSED) for column in self.columns}
+        names = {column: column.removesuffix(' fused') for column in self.columns}
         return {c: create(models[name], fused=c != name) for c, name in names.items() if name in models}
 
     def _measure(self, what: str, steps: Dict[str, Step], memory: bool = False) -> None:
