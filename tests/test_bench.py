@@ -6,7 +6,6 @@ import torch
 import torch.nn as nn
 from networks import CELLS, enliven
 
-import timm_regnet_reg
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.cells import ConvRNN
 from timm_regnet_reg.commands import bench
@@ -135,17 +134,17 @@ def test_table_has_every_figure_of_every_network(hasty, capsys):
 def test_on_a_gpu_cells_are_measured_fused_too_with_kernels_and_graphs(hasty, monkeypatch, capsys):
     """With stand-ins for what only a GPU does; the test below has none."""
     fused = []
-    monkeypatch.setattr(timm_regnet_reg, 'set_fused', lambda on: fused.append(on), raising=False)
+    monkeypatch.setattr(bench, 'set_fused', fused.append)
     monkeypatch.setattr(bench, 'kernel_time', lambda step: step() or 0.003)
     monkeypatch.setattr(bench, 'capture', lambda step: step)
-    bench.Bench(['plain', 'convlstm'], 1, CPU, amp=False, gpu=True).run('resnet20', 1, compile=True)
+    bench.Bench(['plain', 'convrnn', 'convlstm'], 1, CPU, amp=False, gpu=True).run('resnet20', 1, compile=True)
     columns, rows = read_table(capsys.readouterr().out)
-    assert columns == ['plain', 'convlstm', 'convlstm fused', 'spread']
+    assert columns == ['plain', 'convrnn', 'convlstm', 'convlstm fused', 'spread']
     for what in ('train', 'inference', 'train, compiled', 'inference, compiled'):
         assert set(rows[f'{what}, kernels alone, ms'].values()) == {'3.00', ''}
         for name in (f'{what}, ms', f'{what}, kernels alone, speed ÷ plain', f'{what}, in a graph, speed ÷ plain'):
             assert all(rows[name][column] for column in columns[:-1])
-    assert len(fused) % 3 == 0 and fused == [False, False, True] * (len(fused) // 3)
+    assert len(fused) % 4 == 0 and fused == [False, False, False, True] * (len(fused) // 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
@@ -154,7 +153,7 @@ def test_gpu_table_is_complete(hasty, monkeypatch, capsys):
     monkeypatch.setattr('timm_regnet_reg.fused._enabled', False)
     assert main('bench --backbone resnet20 --batch-size 8 --repeats 1 --amp'.split()) == 0
     columns, rows = read_table(capsys.readouterr().out)
-    assert columns == ['plain', *CELLS, *(f'{cell} fused' for cell in CELLS), 'spread']
+    assert columns == ['plain', *CELLS, 'convgru fused', 'convlstm fused', 'spread']
     assert [name for name in rows if not all(rows[name][column] for column in columns[:-1])] == []
 
 

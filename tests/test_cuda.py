@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import MODEL
 from networks import CELLS
-from test_fused import gradients, images, network
+from test_fused import GATES, gradients, images, network
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,6 +46,12 @@ def steps(request):
     fused.set_fused(False)
 
 
+# a ConvRNN has no fused steps
+every_cell = pytest.mark.parametrize(
+    'cell, steps', [(c, 'equations') for c in CELLS] + [(c, 'fused') for c in GATES], indirect=['steps']
+)
+
+
 def small(cell):
     """RegNet-20 and images for it."""
     return network(f'regnet_reg_resnet20_{cell}').to(DEVICE), images(7, 32).to(DEVICE)
@@ -66,7 +72,7 @@ def assert_close(actual, expected, dtype=torch.float32):
 @pytest.mark.parametrize('memory_format', FORMATS, ids=['contiguous', 'channels_last'])
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 @pytest.mark.parametrize('name', ['regnet_reg_resnet20_{}', 'regnet_reg_resnet50_{}'])
-@pytest.mark.parametrize('cell', CELLS)
+@every_cell
 def test_outputs_and_gradients_are_those_of_the_cpu(cell, name, dtype, memory_format, steps):
     model = network(name.format(cell))
     x = images(4, 33 if '20' in name else 97)
@@ -82,7 +88,7 @@ def test_outputs_and_gradients_are_those_of_the_cpu(cell, name, dtype, memory_fo
     assert uses_fused_steps == (steps == 'fused' and dtype != torch.float64)
 
 
-@pytest.mark.parametrize('cell', CELLS)
+@pytest.mark.parametrize('cell', GATES)
 def test_fused_gradients_are_the_same_in_every_run(cell):
     fused.set_fused()
     X = torch.randn(64, 32, 32, 32, device=DEVICE, requires_grad=True)
@@ -99,7 +105,7 @@ def test_fused_gradients_are_the_same_in_every_run(cell):
 
 
 @pytest.mark.parametrize('how', ['checkpointed', 'in CUDA graphs'])
-@pytest.mark.parametrize('cell', CELLS)
+@every_cell
 def test_outputs_and_gradients_stay_the_same(cell, how, steps):
     model, x = small(cell)
     expected = gradients(model, x)
@@ -137,7 +143,7 @@ def one_process(tmp_path):
 
 
 @pytest.mark.parametrize('how', ['ddp', 'fsdp'])
-@pytest.mark.parametrize('cell', CELLS)
+@every_cell
 def test_distributed_training_keeps_outputs_and_gradients(cell, how, steps, one_process):
     plain, x = small(cell)
     plain.train()
@@ -158,7 +164,7 @@ def test_distributed_training_keeps_outputs_and_gradients(cell, how, steps, one_
     assert_close(*results)
 
 
-@pytest.mark.parametrize('cell', CELLS)
+@every_cell
 def test_training_with_a_gradient_scaler_goes_down(cell, steps):
     model, x = small(cell)
     model.train()

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_regnet_reg
 from timm_regnet_reg import equations, fused
 
-GATES = {'convrnn': 1, 'convgru': 3, 'convlstm': 4}
+GATES = {'convgru': 3, 'convlstm': 4}
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 NO_TRITON = importlib.util.find_spec('triton') is None
 
@@ -60,7 +60,7 @@ def compare_in_interpreter(cell):
         (torch.bfloat16, LAST, (1, 3, 3, 4), 2e-2),
         (torch.float16, LAST, (1, 2, 4, 3), 4e-3),
     ]
-    if cell == 'convrnn':  # two blocks of channels, in code that the cells share
+    if cell == 'convgru':  # two blocks of channels, in code that the cells share
         cases.append((torch.float32, LAST, (1, 66, 1, 2), 1e-6))
     worst = 0.0
     for later in (False, True):
@@ -260,7 +260,7 @@ def test_fused_steps_have_the_operations_of_the_equations(cell, later):
 
 
 def test_equations_compute_what_the_kernels_cannot(stand_in):
-    model, x = network(), images()
+    model, rnn, x = network(), network('regnet_reg_resnet20_convrnn'), images()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     expected = by_equations(gradients, model, x)
 
@@ -280,6 +280,7 @@ def test_equations_compute_what_the_kernels_cannot(stand_in):
     cases = {
         'forward mode': (forward_mode, by_equations(forward_mode)),
         'per-sample gradients': (per_sample, expected[1:]),
+        'a ConvRNN': (lambda: gradients(rnn, x), by_equations(gradients, rnn, x)),
         'float64': (of_double, by_equations(of_double)),
         'an empty batch': (lambda: [model(x[:0])], [torch.empty(0, 7)]),
         'torch.export': (lambda: [torch.export.export(model, (x,)).module()(x)], expected[:1]),
@@ -308,7 +309,7 @@ def test_fused_steps_need_triton(monkeypatch):
     with pytest.warns(UserWarning, match='Triton is not installed'):
         timm_regnet_reg.set_fused()
     monkeypatch.setattr(fused, 'DEVICE', 'cpu')
-    X, H, C, *W = step_inputs('convrnn', (1, 2, 3, 3), True)
+    X, H, C, *W = step_inputs('convgru', (1, 2, 3, 3), True)
     assert not fused.fuses(X, H, C, W)
 
 

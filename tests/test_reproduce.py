@@ -211,12 +211,31 @@ def test_what_fails_for_one_run_is_told_and_others_go_on(error, clone, capsys, m
     assert [result['model'] for result in read_results(Path('results', 'cifar10.csv'))] == models[1:]
 
 
+@pytest.mark.parametrize('device, groups', [('cpu', [1] * 12), ('cuda:1', [8, 4])])
+def test_a_gpu_alone_trains_eight_networks_at_once_compiled_and_fused(device, groups, clone, monkeypatch):
+    """With stand-ins for what only a GPU does."""
+    fused, trained = [], []
+    monkeypatch.setattr(reproduce, 'check_device', torch.device)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda index: None)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'GPU')
+    monkeypatch.setattr(reproduce, 'set_fused', fused.append)
+    monkeypatch.setattr(reproduce.resident, 'read_images', lambda found, device: found)
+    monkeypatch.setattr(
+        reproduce.resident, 'train', lambda runs, *_, compiled: trained.append((len(runs), compiled)) or []
+    )
+    command = 'reproduce --data-dir data --results results --seeds 0 1 2 --device'.split()
+    assert main([*command, device]) == 0
+    gpu = device != 'cpu'
+    assert fused == [gpu] and trained == [(size, gpu) for size in groups]
+
+
 @pytest.mark.parametrize(
     'more, message',
     [
         (['--data-dir', 'nowhere'], 'no such folder'),
         (['nowhere.py', '--data-dir', 'data'], 'expected train.py'),
         (['train.py', '--data-dir', 'data', '--minutes', '1'], 'no --minutes'),
+        (['--data-dir', 'data', '--compile'], 'only for TRAIN_PY'),
         (['--data-dir', 'data', '--schedule', 'strong'], 'No such file'),
         (['--data-dir', 'data', '--device', 'gpu'], '--device gpu'),
         (['--data-dir', 'data', '--models', 'resnet18'], 'not in --table'),
@@ -231,7 +250,7 @@ def test_what_is_missing_is_told_before_training(more, message, clone, capsys, m
     if isinstance(more, str):
         Path('train_recipes/cifar10.yaml').write_text(more)
         more = ['--data-dir', 'data']
-    monkeypatch.setattr(reproduce.resident, 'train', lambda *args: pytest.fail('it trains'))
+    monkeypatch.setattr(reproduce.resident, 'train', lambda *args, **kwargs: pytest.fail('it trains'))
     assert main(['reproduce', '--results', 'results', *more]) == 1
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
@@ -245,7 +264,7 @@ def test_train_py_gets_the_run_and_another_seed_to_go_on_and_what_fails_is_told(
     (folder / 'last.pth.tar').write_text('of the first epoch')
     (folder / 'summary.csv').write_text('epoch,train_loss,eval_top1,eval_top5\n0,2.0,30,80\n1,1.4')
     command = 'reproduce train.py --data-dir data --results results --seeds 2 --table resnet20 stages --models'.split()
-    assert main([*command, 'cifar_resnet20', 'regnet_reg_resnet20_convrnn', str(run.row)]) == 1
+    assert main([*command, 'cifar_resnet20', 'regnet_reg_resnet20_convrnn', str(run.row), '--compile']) == 1
     error = capsys.readouterr().err
     assert '2 of 3 runs are not done' in error and 'out of disk' in error and 'diverged' in error
     [result] = read_results(Path('results', 'cifar10.csv'))
@@ -254,7 +273,7 @@ def test_train_py_gets_the_run_and_another_seed_to_go_on_and_what_fails_is_told(
     args = parsers['train.py'].parse_args(given)
     assert package == timm_regnet_reg.__file__
     assert (args.model, args.model_kwargs) == (run.row.model, run.row.kwargs) and args.seed % 1000 == 2 < args.seed
-    assert args.resume == str(folder / 'last.pth.tar')
+    assert (args.resume, args.torchcompile) == (str(folder / 'last.pth.tar'), 'inductor')
 
 
 def test_timms_train_py_makes_a_row_and_one_that_was_complete_is_not_trained_again(train_script, clone, capsys):  # noqa: F811

@@ -75,7 +75,7 @@ class RegulatorCell(nn.Module):
 class ConvRNN(RegulatorCell):
     __doc__ = convrnn.__doc__
     gates = ('h',)
-    step = staticmethod(fused.convrnn)
+    step = staticmethod(convrnn)
 
 
 class ConvGRU(RegulatorCell):

@@ -8,9 +8,9 @@ A backbone is measured plain and regulated by each cell; on the CPU also by naiv
 are written (a grouped 1x1 and a depthwise 3x3 convolution for every gate), and by dense-convrnn, whose gate is a 3x3
 convolution of X and H, all channels to all, as in other implementations. Each is measured at training (forward and
 backward, no optimizer) and inference, on the CPU also reparameterised: regulated networks by
-timm.utils.reparameterize_model, the plain one by torch.fx. On a GPU each cell is measured with fused time steps, too,
-and of each network the kernels alone and a step in a CUDA graph. All run in channels_last, and cuDNN chooses its
-algorithms by trial, as in timm's train.py.
+timm.utils.reparameterize_model, the plain one by torch.fx. On a GPU ConvGRU and ConvLSTM are measured with fused time
+steps, too, and of each network the kernels alone and a step in a CUDA graph. All run in channels_last, and cuDNN
+chooses its algorithms by trial, as in timm's train.py.
 
 A table is printed for each backbone, row by row as it is measured. Repeats are interleaved: every network once, then
 again. Figures are medians; "speed ÷ plain" is the plain network's time by the network's in the same repeat. The spread
@@ -32,18 +32,15 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-import timm_regnet_reg
-
 from ..arguments import positive
 from ..cells import CELLS
 from ..errors import UserError
+from ..fused import FUSED_CELLS, set_fused
 from ..papers.baselines import BASELINES, PLAIN, create_networks
 from ..papers.output import header, row
 from ..papers.timing import Step, capture, create_step, kernel_time, peak_memory, stopwatch
 from ..regnet_reg import BACKBONES, CIFAR_BACKBONES
 from ..weights.scoring import check_device
-
-FUSED = ' fused'
 
 
 class Bench:
@@ -51,7 +48,7 @@ class Bench:
 
     def __init__(self, networks: List[str], repeats: int, device: torch.device, amp: bool, gpu: bool) -> None:
         self.networks, self.repeats, self.device, self.amp, self.gpu = networks, repeats, device, amp, gpu
-        self.columns = [*networks, *(name + FUSED for name in networks if gpu and name in CELLS)]
+        self.columns = [*networks, *(f'{name} fused' for name in networks if gpu and name in FUSED_CELLS)]
         self.failures: List[str] = []
 
     def run(self, backbone: str, batch_size: int, compile: bool) -> None:
@@ -88,12 +85,12 @@ class Bench:
             step = create_step(model, self.images, train, self.amp)
 
             def run() -> None:
-                timm_regnet_reg.set_fused(fused)
+                set_fused(fused)
                 step()
 
             return run if self.gpu else step
 
-        names = {column: column.removesuffix(FUSED) for column in self.columns}
+        names = {column: column.removesuffix(' fused') for column in self.columns}
         return {c: create(models[name], fused=c != name) for c, name in names.items() if name in models}
 
     def _measure(self, what: str, steps: Dict[str, Step], memory: bool = False) -> None:

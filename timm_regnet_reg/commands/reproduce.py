@@ -2,17 +2,17 @@
 
     regnet-reg cifar DIR
     regnet-reg reproduce --data-dir DIR
-    regnet-reg reproduce --data-dir DIR --device cuda --amp --compile --seeds 0 1 2 3 4
-    regnet-reg reproduce path/to/train.py --data-dir DIR
+    regnet-reg reproduce --data-dir DIR --device cuda --amp --seeds 0 1 2 3 4
+    regnet-reg reproduce path/to/train.py --data-dir DIR --compile
     regnet-reg reproduce --report
 
 Start this in a clone of this project, where train_recipes/ is. Tables: resnet20 (the plain network and three cells),
 seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage), depth (32 and 56 layers). A schedule is
 a recipe of train_recipes/: papers {dataset}.yaml (164 epochs), short and strong cifar10_{schedule}.yaml (30 and 200).
 
-A GPU trains several networks at once, each update a CUDA graph; a CPU trains one: start the command twice on two cores,
-with OMP_NUM_THREADS=1, and each takes the runs that the other doesn't have. With TRAIN_PY, the path of train.py in a
-clone of timm (github.com/huggingface/pytorch-image-models), that script trains instead, in a process for each run.
+A GPU trains eight networks at once, compiled, with fused time steps, each update a CUDA graph. A CPU trains one: start
+the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs that the other doesn't have. With
+TRAIN_PY, train.py's path in a clone of timm (github.com/huggingface/pytorch-image-models), that script trains instead.
 
 Stop it whenever you like and start it again: what is done is skipped, and what was begun goes on: exactly where it was
 saved, every 30 seconds, on another device too; with train.py after its last complete epoch, and with another seed, as
@@ -41,7 +41,7 @@ import timm
 import torch
 import yaml
 
-from .. import __version__
+from .. import __version__, set_fused
 from ..arguments import add_device, count, positive
 from ..errors import UserError, reason
 from ..papers import flops, output, resident
@@ -50,7 +50,7 @@ from ..papers.results import TABLES, Row, Run, add_result, draw, read_results, r
 from ..weights.files import check_writable, locked
 from ..weights.scoring import check_device
 
-AT_ONCE = 4  # networks on a GPU
+AT_ONCE = 8  # networks on a GPU
 
 # what may be the matter with one run, its folder and its files; other runs go on
 TROUBLE = (UserError, OSError, ValueError, csv.Error, MemoryError, torch.OutOfMemoryError)
@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--seeds', nargs='+', type=count, default=[0], metavar='N', help='default: 0')
     parser.add_argument('--schedule', choices=['papers', 'short', 'strong'], default='papers', help='default: papers')
     parser.add_argument('--amp', action='store_true', help='train in bfloat16 (autocast) instead of float32')
-    parser.add_argument('--compile', action='store_true', help='compile the networks, which takes minutes at the start')
+    parser.add_argument('--compile', action='store_true', help='compile the networks (only with TRAIN_PY)')
     add_device(parser)
     parser.add_argument('--minutes', type=positive, metavar='M', help='save and stop in time (not with TRAIN_PY)')
     parser.add_argument('--output', default='runs', metavar='DIR', help='for logs and checkpoints (default: ./runs)')
@@ -152,6 +152,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError('--data-dir is needed to train; --report alone needs none')
     if args.train_py and (args.minutes or not os.path.isfile(args.train_py)):
         raise UserError(f'{args.train_py}: expected train.py of a clone of timm, and no --minutes, which it ignores')
+    if args.compile and not args.train_py:
+        raise UserError('--compile is only for TRAIN_PY; leave it out: a GPU compiles anyway, and a CPU gains nothing')
     path = Path('train_recipes', args.dataset + ('' if args.schedule == 'papers' else f'_{args.schedule}') + '.yaml')
     recipe = read_recipe(path)
     if args.amp:
@@ -179,6 +181,7 @@ def main(args: argparse.Namespace) -> None:
     versions.update(timm_regnet_reg=__version__, timm=timm.__version__)
     versions['torch'] = str(torch.__version__)  # a class of its own, which checkpoints don't take
     images = None if args.train_py else resident.read_images(found, device)
+    set_fused(gpu and not args.train_py)
     script = [os.path.abspath(args.train_py or ''), '--data-dir', os.path.abspath(args.data_dir)]
     script += ['--device', args.device, *(['--torchcompile', 'inductor'] if args.compile else [])]
     script += [] if gpu else ['--workers', '0']  # a CPU has no time for processes that wait for it
@@ -204,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
                     if not run.has_result(read_results(results)):  # which another process may have added
                         claimed[run] = folder
             if images:
-                trained = resident.train(claimed, images, versions, others_go_on, stop, args.compile)
+                trained = resident.train(claimed, images, versions, others_go_on, stop, compiled=gpu)
             else:
                 trained = ((run, {}) for run in claimed)  # by train.py, below
             for run, measured in trained:

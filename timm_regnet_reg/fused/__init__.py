@@ -1,4 +1,4 @@
-"""The cells' time steps in fused GPU kernels: `convrnn`, `convgru` and `convlstm` with the equations' signature.
+"""Time steps in fused GPU kernels: `convgru` and `convlstm` with the equations' signature.
 
 They compute what the equations compute, in a kernel or two, and keep X, H and C alone for the gradients. The equations
 stay the truth, and compute wherever `fuses` says no; `set_fused` turns the kernels on.
@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 from .. import equations
 from ..equations import Kernels, State
 
-__all__ = ['convgru', 'convlstm', 'convrnn', 'set_fused']
+__all__ = ['FUSED_CELLS', 'convgru', 'convlstm', 'set_fused']
 
+FUSED_CELLS = ('convgru', 'convlstm')
 DEVICE = 'cuda'
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2**29  # elements of X: the kernels count those of four gates with 32 bits
@@ -24,11 +25,12 @@ _enabled = False
 
 
 def set_fused(enabled: bool = True) -> None:
-    """Let the regulators' time steps run in fused kernels, where there are some for them; off when imported.
+    """Let the time steps of ConvGRU and ConvLSTM run in fused kernels, where these can compute them; off when imported.
 
     They need a CUDA device of compute capability 8.0 or later, Triton, and inputs in float32, bfloat16 or float16.
-    Everything else, such as export and forward-mode differentiation, goes on with the equations. Both memory formats
-    are read as they are; inputs that have none, or not the same one, are copied.
+    Everything else, such as export and forward-mode differentiation, goes on with the equations, and so does a ConvRNN,
+    which kernels make hardly faster. Both memory formats are read as they are; inputs that have none, or not the same
+    one, are copied.
 
     Args:
         enabled: Whether the kernels may be used.
@@ -70,13 +72,6 @@ def fused_step(
 
     dtype = step_type(X)
     return FusedStep.apply(cell, *(None if t is None else t.to(dtype) for t in (X, H, C)), *W[:3])
-
-
-def convrnn(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:
-    if not torch.jit.is_scripting():
-        if fuses(X, H, C, W):
-            return fused_step('convrnn', X, H, None, W)[0], C
-    return equations.convrnn(X, H, C, W)
 
 
 def convgru(X: torch.Tensor, H: Optional[torch.Tensor], C: Optional[torch.Tensor], W: Kernels) -> State:

@@ -12,7 +12,8 @@ caches. The arguments that kernels share:
     sp, sn: Elements from a pixel, and from a channel, to the next: N, 1 in channels_last and 1, height·width otherwise.
     HAS_H: Whether there is a state; without one nothing is read from h_ptr, c_ptr and wh_ptr.
 
-Everything is summed in float32, in an order that doesn't change from run to run.
+Everything is summed in float32, in an order that doesn't change from run to run. Where an argument is the
+number of a loop's rounds, it is a `while`: Triton 3.6's interpreter makes no range of that with numpy 2.4.
 """
 
 import triton
@@ -28,8 +29,6 @@ __all__ = [
     'kernels_total',
     'lstm_backward',
     'lstm_forward',
-    'rnn_backward',
-    'rnn_forward',
 ]
 
 
@@ -118,33 +117,6 @@ def gate_sums(
         if HAS_H:
             sums = plus_products(sums, load(h_ptr + there, exist), rows(wh_ptr + tap * G * N, n, n_exist, N, gates))
     return sums, at, p_exist[:, None] & n_exist[None, :]
-
-
-# ConvRNN
-
-
-@triton.jit
-def rnn_forward(
-    x_ptr, h_ptr, wx_ptr, wh_ptr, b_ptr, out_ptr, P, height, width, N, sp, sn,
-    HAS_H: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    sums, at, exist = gate_sums(
-        x_ptr, h_ptr, wx_ptr, wh_ptr, b_ptr, P, height, width, N, sp, sn, (0,), 1, HAS_H, BP, BN
-    )
-    tl.store(out_ptr + at, tanh(sums[0]), mask=exist)
-
-
-@triton.jit
-def rnn_backward(
-    x_ptr, h_ptr, wx_ptr, wh_ptr, b_ptr, dh_ptr, ds_ptr, P, height, width, N, sp, sn,
-    HAS_H: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """From the gradient of the new H at dh_ptr to ds_ptr."""
-    sums, at, exist = gate_sums(
-        x_ptr, h_ptr, wx_ptr, wh_ptr, b_ptr, P, height, width, N, sp, sn, (0,), 1, HAS_H, BP, BN
-    )
-    h = tanh(sums[0])
-    tl.store(ds_ptr + at, load(dh_ptr + at, exist) * (1 - h * h), mask=exist)
 
 
 # ConvGRU, whose candidate sees r ⊙ H: the gates z and r are a kernel of their own
@@ -340,7 +312,8 @@ def kernels_backward(
     zero = tl.zeros((BP, BN), tl.float32)
     biases = (zero,) * len(GATES)
     taps = (biases,) * (18 if HAS_H else 9)
-    for step in range(steps):
+    step = 0
+    while step < steps:
         start, y, x, p_exist = pixels(tl.program_id(0) * steps + step, P, height, width, N, sp, BP)
         at = start[:, None] + (n * sn)[None, :]
         dS = planes(ds_ptr, at, p_exist[:, None] & n_exist[None, :], P * N, GATES)
@@ -352,6 +325,7 @@ def kernels_backward(
             there = at + (dy * width + dx) * sp
             new = new + (plus_products(taps[k], load((x_ptr if k < 9 else h_ptr) + there, exist), dS),)
         taps = new
+        step += 1
     taps = taps + (biases,)
     for k in tl.static_range(len(taps)):
         for j in tl.static_range(len(GATES)):
@@ -368,10 +342,12 @@ def kernels_total(
     n, n_exist = channels(tl.program_id(0), GN, BN)
     tap = tl.program_id(1)
     total = tl.zeros((BQ, BN), tl.float32)
-    for first in range(0, parts, BQ):
+    first = 0
+    while first < parts:
         q = first + tl.arange(0, BQ)
         at = ((q * (TAPS + 1) + tap) * GN)[:, None] + n[None, :]
         total += load(part_ptr + at, (q < parts)[:, None] & n_exist[None, :])
+        first += BQ
     total = tl.sum(total, 0)
     tl.store(dwx_ptr + n * 9 + tap, total, mask=n_exist & (tap < 9))
     if HAS_H:

@@ -30,6 +30,10 @@ class Images:
         self.tile = {'BP': TILE // BN, 'BN': BN}
         self.grid = (triton.cdiv(self.P, self.tile['BP']), triton.cdiv(N, BN))
 
+    def launch(self, kernel: Any, *args: Any, **options: Any) -> None:
+        """Run a kernel that takes, after what it computes with, the sizes and a program's tile."""
+        kernel[self.grid](*args, *self.sizes, **options, **self.tile)
+
     def dense(self, *tensors: Optional[torch.Tensor]) -> List[Any]:
         """The tensors, or copies of them, laid out as X."""
         return [None if t is None else t.contiguous(memory_format=self.format) for t in tensors]
@@ -58,20 +62,16 @@ def step(
         images = Images(X)
         X, H, C = images.dense(X, H, C)
         W = by_taps(K_x), None if H is None else by_taps(K_h), b.contiguous()
-        grid, sizes, tile = images.grid, images.sizes, {'HAS_H': H is not None, **images.tile}
         out = images.new(X)
-        if cell == 'convrnn':
-            kernels.rnn_forward[grid](X, H, *W, out, *sizes, **tile)
-            return [out]
         if cell == 'convgru':
             z = rH = None
             if H is not None:
                 z, rH = images.new(X), images.new(X)
-                kernels.gru_gates[grid](X, H, *W, z, rH, None, *sizes, KEEP_R=False, **images.tile)
-            kernels.gru_forward[grid](X, H, rH, z, *W, out, *sizes, **tile)
+                images.launch(kernels.gru_gates, X, H, *W, z, rH, None, KEEP_R=False)
+            images.launch(kernels.gru_forward, X, H, rH, z, *W, out, HAS_H=H is not None)
             return [out]
         C_new = images.new(X)
-        kernels.lstm_forward[grid](X, H, C, *W, out, C_new, *sizes, **tile)
+        images.launch(kernels.lstm_forward, X, H, C, *W, out, C_new, HAS_H=H is not None)
         return [out, C_new]
 
 
@@ -91,33 +91,28 @@ def step_backward(
         images = Images(X)
         X, H, C, dH_new, dC_new = images.dense(X, H, C, dH_new, dC_new)
         W = by_taps(K_x), None if H is None else by_taps(K_h), b.contiguous()
-        grid, sizes, tile = images.grid, images.sizes, {'HAS_H': H is not None, **images.tile}
-        G = GATES[cell]
-        gates = tuple(k for k in range(G) if H is not None or k != IDLE[cell])
+        G, has_h, is_gru = GATES[cell], H is not None, cell == 'convgru'
+        gates = tuple(k for k in range(G) if has_h or k != IDLE)
         dS = X.new_empty(G * X.numel())  # the gates' planes, each laid out as X
         dX = images.new(X)
-        dH = dC = rH = None
-        if H is not None:
-            dH = images.new(X)
-        if cell == 'convrnn':
-            kernels.rnn_backward[grid](X, H, *W, dH_new, dS, *sizes, **tile)
-        elif cell == 'convgru':
+        dH = images.new(X) if has_h else None
+        dC = rH = None
+        if is_gru:
             z = r = None
-            if H is not None:
+            if has_h:
                 z, r, rH = images.new(X), images.new(X), images.new(X)
-                kernels.gru_gates[grid](X, H, *W, z, rH, r, *sizes, KEEP_R=True, **images.tile)
-            kernels.gru_backward[grid](X, H, rH, z, *W, dH_new, dS, dH, *sizes, **tile)
-            if H is not None:
-                kernels.gru_reset_backward[grid](H, r, W[1], dS, dH, *sizes, **images.tile)
+                images.launch(kernels.gru_gates, X, H, *W, z, rH, r, KEEP_R=True)
+            images.launch(kernels.gru_backward, X, H, rH, z, *W, dH_new, dS, dH, HAS_H=has_h)
+            if has_h:
+                images.launch(kernels.gru_reset_backward, H, r, W[1], dS, dH)
         else:
             if C is not None:
                 dC = images.new(X)
-            kernels.lstm_backward[grid](X, H, C, *W, dH_new, dC_new, dS, dC, *sizes, HAS_DC=dC_new is not None, **tile)
+            has_dc = dC_new is not None
+            images.launch(kernels.lstm_backward, X, H, C, *W, dH_new, dC_new, dS, dC, HAS_H=has_h, HAS_DC=has_dc)
         # a ConvGRU's third gate sees r ⊙ H in H's place, whose part in H's gradient is there already
-        H_gates = 0 if H is None else 2 if cell == 'convgru' else G
-        kernels.inputs_backward[grid](
-            dS, *W[:2], dX, dH, *sizes, GATES=gates, H_GATES=H_gates, G=G, ADD_H=cell == 'convgru', **images.tile
-        )  # fmt: skip
+        H_gates = 0 if not has_h else 2 if is_gru else G
+        images.launch(kernels.inputs_backward, dS, *W[:2], dX, dH, GATES=gates, H_GATES=H_gates, G=G, ADD_H=is_gru)
         sources = [(gates, H)] if rH is None else [((0, 1), H), ((2,), rH)]
         dK_x, dK_h, db = kernels_backward(images, X, sources, dS, K_x, b)
         return [t for t in (dX, dK_x, db, dH, dK_h, dC) if t is not None]

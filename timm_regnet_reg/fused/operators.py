@@ -16,8 +16,8 @@ __all__ = ['GATES', 'IDLE', 'FusedStep', 'dense_format', 'equation']
 Tensors = List[torch.Tensor]
 MaybeTensor = Optional[torch.Tensor]
 
-GATES = {'convrnn': 1, 'convgru': 3, 'convlstm': 4}
-IDLE = {'convrnn': None, 'convgru': 1, 'convlstm': 1}  # the gate that a zero state leaves without effect
+GATES = {'convgru': 3, 'convlstm': 4}
+IDLE = 1  # the gate that a zero state leaves without effect, r or f
 LIBRARY = 'timm_regnet_reg'
 
 _STEP = 'str cell, Tensor X, Tensor? H, Tensor? C, Tensor K_x, Tensor K_h, Tensor b'
@@ -68,7 +68,7 @@ def step_backward_fake(cell, X, H, C, K_x, K_h, b, dH_new, dC_new) -> Tensors:
 def step_flops(cell, X_shape, H_shape, C_shape, K_x_shape, K_h_shape, b_shape, **kwargs) -> int:
     """Those of the convolutions, as everywhere else: 2 a multiply-add, the gradients not counted."""
     B, N, height, width = X_shape
-    gates = GATES[cell] - (H_shape is None and IDLE[cell] is not None)
+    gates = GATES[cell] - (H_shape is None)  # one of them idle
     return 2 * 9 * gates * B * N * height * width * (1 if H_shape is None else 2)
 
 
