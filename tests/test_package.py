@@ -108,12 +108,12 @@ def test_ema_weights_on_request(trained, package, tmp_path):
 
 def test_card_tells_what_the_run_changed_in_its_recipe_and_that_it_was_resumed(package, tmp_path):
     (tmp_path / 'recipe.yaml').write_text('epochs: 164\nopt: sgd\n')
-    change = set_args(resume='old.pth.tar', amp=True, amp_dtype='bfloat16')
-    assert package(change=change, recipe=tmp_path / 'recipe.yaml')[0] == 0
+    run = set_args(resume='old.pth.tar', amp=True, amp_dtype='bfloat16')
+    assert package(change=run, recipe=tmp_path / 'recipe.yaml')[0] == 0
     card = (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
     assert 'recipe.yaml with epochs 3 instead of 164 |' in card
-    assert '| Seed | 7 after the last resumption |' in card and 'amp_dtype: bfloat16' in card
-    assert 'regnet-reg reproduce' not in card
+    assert '| Seed | 7 after the last resumption |' in card
+    assert 'amp_dtype: bfloat16' in card and 'regnet-reg reproduce' not in card
 
 
 def test_packaging_again_gives_the_same_bytes_and_leaves_nothing_else(packaged, package, tmp_path, monkeypatch):

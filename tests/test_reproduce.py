@@ -53,20 +53,17 @@ def test_a_run_is_known_by_all_that_decides_its_result():
 
 
 def test_published_results_are_readmes_and_of_the_recipes(parsers):  # noqa: F811
-    """Such runs in bf16 have their rows already; of train.py's the options, as it reads them, are cifar10_short.yaml's."""
+    """Such runs in bf16 have rows already; the options of train.py's, as it reads them, are cifar10_short.yaml's."""
     known = read_results(PUBLISHED)
     text = PUBLISHED.with_name('README.md').read_text()
     tables = [part.split('<!-- end of')[0] for part in text.split('<!-- regnet-reg reproduce --report -->\n')[1:]]
     assert len(tables) == 2 and all(len(table.splitlines()) >= 4 and table in report(known) for table in tables)
-    amp = {'amp': True, 'amp_dtype': 'bfloat16'}
-    rows, short = TABLES['resnet20'], load('cifar10_short')
-    runs = [(row, seed, 'short', 'train.py', {**short, **amp}) for row in rows for seed in range(3)]
-    rows = rows[0], next(row for row in TABLES['stages'] if str(row) == f'{rows[3]} regulated_stages=(3,)')
-    runs += [(row, seed, 'papers', 'resident', {**RECIPE, **amp}) for row in rows for seed in range(4)]
-    assert len(runs) == len(known)
-    for row, seed, schedule, engine, recipe in runs:
-        run = create_run(row, schedule=schedule, seed=seed, engine=engine, recipe=recipe)
-        assert run.has_result(known), run
+    amp, short = {'amp': True, 'amp_dtype': 'bfloat16'}, load('cifar10_short')
+    of_script = dict(schedule='short', engine='train.py', recipe={**short, **amp})
+    runs = [create_run(row, seed=seed, **of_script) for row in ROWS[:4] for seed in range(3)]
+    rows = ROWS[0], next(row for row in ROWS if str(row) == f'{ROWS[3]} regulated_stages=(3,)')
+    runs += [create_run(row, seed=seed, recipe={**RECIPE, **amp}) for row in rows for seed in range(4)]
+    assert len(runs) == len(known) and all(run.has_result(known) for run in runs)
     options = next(result['options'] for result in known if result['schedule'] == 'short')
     given = parsers['train.py'].parse_args(options.split(), argparse.Namespace(**RECIPE))
     assert {key: getattr(given, key) for key in short} == short and given.amp and given.amp_dtype == 'bfloat16'
@@ -218,11 +215,11 @@ def test_a_gpu_alone_trains_eight_networks_at_once_compiled_and_fused(device, gr
     monkeypatch.setattr(reproduce, 'check_device', torch.device)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda index: None)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'GPU')
+    monkeypatch.setattr(reproduce, 'has_triton', lambda: True)
     monkeypatch.setattr(reproduce, 'set_fused', fused.append)
     monkeypatch.setattr(reproduce.resident, 'read_images', lambda found, device: found)
-    monkeypatch.setattr(
-        reproduce.resident, 'train', lambda runs, *_, compiled: trained.append((len(runs), compiled)) or []
-    )
+    train = lambda runs, *_, compiled: trained.append((len(runs), compiled)) or []  # noqa: E731
+    monkeypatch.setattr(reproduce.resident, 'train', train)
     command = 'reproduce --data-dir data --results results --seeds 0 1 2 --device'.split()
     assert main([*command, device]) == 0
     gpu = device != 'cpu'

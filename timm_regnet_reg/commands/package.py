@@ -61,8 +61,7 @@ def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tu
     arguments = {k: v for k, v in get_model_args(model).items() if k not in ('num_classes', 'in_chans', 'global_pool')}
     run = {**train_args, 'model': model.pretrained_cfg['architecture'], 'model_kwargs': arguments}
     changed = [f'{key} {run.get(key)} instead of {value}' for key, value in recipe.items() if run.get(key) != value]
-    precision = ('amp', 'amp_dtype') if run.get('amp') else ()
-    keys = (*recipe, 'model', 'num_classes', 'model_kwargs', 'seed', 'epochs', *precision)
+    keys = (*recipe, 'model', 'num_classes', 'model_kwargs', 'seed', 'epochs', 'amp', 'amp_dtype')
     options = {key: run[key] for key in keys if run.get(key) not in (None, {})}
     processes = train_args.get('world_size', 1)
     launch = 'python' if processes == 1 else f'torchrun --nproc_per_node={processes}'
@@ -74,7 +73,7 @@ def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tu
     if ':' in str(train_args.get('model')):
         how += ' The run started from the network of a folder or repository.'
     if train_args['by_reproduce']:
-        how += ' The network was trained by `regnet-reg reproduce`, which draws other views for a seed than `train.py` does.'
+        how += ' The network was trained by `regnet-reg reproduce`; a seed of `train.py` gives other views.'
     if train_args.get('resume'):
         how += ' It was stopped and resumed, so that these options repeat it, but not exactly.'
     told = f'{name} with {", ".join(changed)}' if changed else name

@@ -10,9 +10,9 @@ Start this in a clone of this project, where train_recipes/ is. Tables: resnet20
 seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage), depth (32 and 56 layers). A schedule is
 a recipe of train_recipes/: papers {dataset}.yaml (164 epochs), short and strong cifar10_{schedule}.yaml (30 and 200).
 
-A GPU trains eight networks at once, compiled, with fused time steps, each update a CUDA graph. A CPU trains one: start
-the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs that the other doesn't have. With
-TRAIN_PY, train.py's path in a clone of timm (github.com/huggingface/pytorch-image-models), that script trains instead.
+A GPU trains eight networks at once, each update a CUDA graph, compiled and with fused time steps if there is Triton. A
+CPU trains one: start the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs that the other
+doesn't have. With TRAIN_PY, train.py's path in a clone of timm, that script trains instead.
 
 Stop it whenever you like and start it again: what is done is skipped, and what was begun goes on: exactly where it was
 saved, every 30 seconds, on another device too; with train.py after its last complete epoch, and with another seed, as
@@ -40,6 +40,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import timm
 import torch
 import yaml
+from torch.utils._triton import has_triton
 
 from .. import __version__, set_fused
 from ..arguments import add_device, count, positive
@@ -162,8 +163,7 @@ def main(args: argparse.Namespace) -> None:
         resident.check_recipe(recipe)
     device = check_device(args.device)
     found = resident.find_images(args.data_dir, args.dataset)
-    counts = {split: len(images) for split, images in found.items()}
-    alike = 'train.py' if args.train_py else 'resident', recipe, counts
+    alike = 'train.py' if args.train_py else 'resident', recipe, {split: len(images) for split, images in found.items()}
     rows = _choose(args.table, args.models)
     runs = [Run(row, args.dataset, args.schedule, seed, *alike) for seed in dict.fromkeys(args.seeds) for row in rows]
     check_writable(args.output, folder=True)
@@ -174,14 +174,12 @@ def main(args: argparse.Namespace) -> None:
     if not todo:
         return
 
-    gpu = device.type == 'cuda'
-    if gpu:
+    if gpu := device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)  # for streams
     versions = {'device': torch.cuda.get_device_name() if gpu else 'cpu', 'python': platform.python_version()}
-    versions.update(timm_regnet_reg=__version__, timm=timm.__version__)
-    versions['torch'] = str(torch.__version__)  # a class of its own, which checkpoints don't take
+    versions.update(timm_regnet_reg=__version__, timm=timm.__version__, torch=str(torch.__version__))  # from its class
     images = None if args.train_py else resident.read_images(found, device)
-    set_fused(gpu and not args.train_py)
+    set_fused(fast := gpu and not args.train_py and has_triton())
     script = [os.path.abspath(args.train_py or ''), '--data-dir', os.path.abspath(args.data_dir)]
     script += ['--device', args.device, *(['--torchcompile', 'inductor'] if args.compile else [])]
     script += [] if gpu else ['--workers', '0']  # a CPU has no time for processes that wait for it
@@ -207,7 +205,7 @@ def main(args: argparse.Namespace) -> None:
                     if not run.has_result(read_results(results)):  # which another process may have added
                         claimed[run] = folder
             if images:
-                trained = resident.train(claimed, images, versions, others_go_on, stop, compiled=gpu)
+                trained = resident.train(claimed, images, versions, others_go_on, stop, compiled=fast)
             else:
                 trained = ((run, {}) for run in claimed)  # by train.py, below
             for run, measured in trained:

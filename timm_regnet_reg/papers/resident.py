@@ -278,8 +278,8 @@ class Network:
         for key, version in versions.items():
             self.versions[key] = list(dict.fromkeys([*self.versions.get(key, []), version]))
         run, args = self.run, _options(self.recipe)
-        more = {'seed': run.seed, 'num_classes': CLASSES[run.dataset]}
-        vars(args).update(model=run.row.model, model_kwargs=run.row.kwargs, **more)
+        args.model, args.model_kwargs, args.num_classes = run.row.model, run.row.kwargs, CLASSES[run.dataset]
+        args.seed = run.seed
         epoch = self.done // self.updates_per_epoch - 1  # the last complete one, counted from 0
         checkpoint = {**self._state(), 'epoch': epoch, 'arch': run.row.model, 'args': args}
         file = io.BytesIO()  # torch's own writer makes a RuntimeError of a full disk
@@ -336,8 +336,8 @@ def train(
             pace = updates / (time.monotonic() - saved)
             minutes = sum(network.total - network.done for network in networks) / pace / 60
             for network in networks:
-                epoch = network.done / network.updates_per_epoch
-                print(f'{network.run}: epoch {epoch:.1f} of {len(network.losses)}, loss {network.loss():.4f}', end=', ')
+                epoch = f'{network.done / network.updates_per_epoch:.1f} of {len(network.losses)}'
+                print(f'{network.run}: epoch {epoch}, loss {network.loss():.4f}')
             print(f'{pace * networks[0].recipe["batch_size"]:.0f} images/s, {minutes:.0f} min left', flush=True)
         saved, updates = time.monotonic(), 0
         if now >= stop:

@@ -166,8 +166,7 @@ def _differences(rows: Dict[Row, List[Result]]) -> List[str]:
     freedom = sum(len(runs) - 1 for runs in rows.values())
     if not freedom:
         return []
-    squares = sum((len(runs) - 1) * _error(runs)[1] ** 2 for runs in rows.values())
-    deviation = math.sqrt(squares / freedom)
+    deviation = math.sqrt(sum((len(runs) - 1) * _error(runs)[1] ** 2 for runs in rows.values()) / freedom)
     plain_runs = {row.model: runs for row, runs in rows.items()}
     lines = []
     for row, runs in rows.items():
