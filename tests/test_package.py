@@ -257,12 +257,13 @@ def run_of(source, network, **changed):
     return change
 
 
-def assert_packaged(tmp_path, network, model=MODEL, **arguments):
+def assert_packaged(tmp_path, network, model=MODEL, source='', **arguments):
     assert_same_outputs(tmp_path / f'out/{model}.tiny', network)
     folder = check_folder(tmp_path / f'out/{model}.tiny')
     assert folder.config['model_args'].items() >= arguments.items()
     options = yaml.safe_load(folder.card.text.split('```yaml')[1].split('```')[0])
-    assert options['model'] == model and options.get('model_kwargs', {}).items() >= arguments.items()
+    assert options['model'] == (source if source.startswith(f'{model}.') else model)
+    assert options.get('model_kwargs', {}).items() >= arguments.items()
     assert 'my-network' not in f'{folder.card} {folder.config}', "a place of ones own is nobody else's business"
 
 
@@ -315,7 +316,7 @@ def test_options_of_the_run_count_for_more_than_its_sources(package, tmp_path):
 def test_run_that_started_from_packaged_weights(package, tmp_path):
     tuned = timm.create_model(f'{MODEL}.cifar10', num_classes=3).eval()
     assert package(change=run_of(f'{MODEL}.cifar10', tuned, pretrained=True))[0] == 0
-    assert_packaged(tmp_path, tuned)
+    assert_packaged(tmp_path, tuned, source=f'{MODEL}.cifar10')
 
 
 @pytest.mark.parametrize('source', ['local-dir:/no/such/my-network', 'hf-hub:owner/my-network', f'{MODEL}.no_more'])
@@ -323,7 +324,7 @@ def test_run_that_started_from_packaged_weights(package, tmp_path):
 def test_where_the_source_is_gone_the_weights_decide(package, tmp_path, hub, source, stages):
     tuned = timm.create_model(MODEL, num_classes=3, regulated_stages=stages).eval()
     assert package(change=run_of(source, tuned))[0] == 0
-    assert_packaged(tmp_path, tuned, regulated_stages=stages)
+    assert_packaged(tmp_path, tuned, source=source, regulated_stages=stages)
     code, err = package(change=run_of(source, tuned), model='regnet_reg_resnet20_convgru')
     assert code == 1 and 'does not fit --model regnet_reg_resnet20_convgru' in err
 

@@ -42,7 +42,7 @@ def trained_cfgs() -> Dict[str, PretrainedCfg]:
 def packaged_args(cfg: PretrainedCfg) -> Dict[str, Any]:
     """The arguments of the network whose packaged weights a cfg names, other than those that are in its cfg too."""
     folder = Path(cfg.file or '').parent
-    if folder.parent != WEIGHTS_FOLDER or cfg.source:  # with one: a folder that `package` is about to try
+    if folder.parent != WEIGHTS_FOLDER or cfg.source:  # a source: local-dir:, which has its arguments
         return {}
     args = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_args', {})
     return {key: value for key, value in args.items() if key not in ('num_classes', 'in_chans')}

@@ -2,7 +2,7 @@
 
     regnet-reg bench                                            # ResNet-20 and ResNet-50 and what regulates them
     regnet-reg bench --backbone resnet101 --networks convlstm --batch-size 32
-    regnet-reg bench --amp --compile                            # on a GPU, README's table of one
+    regnet-reg bench --amp --backbone resnet50 --repeats 3      # on a GPU, README's table of one
 
 A backbone is measured plain and regulated by each cell; on the CPU also by naive-convlstm, the cell as its equations
 are written (a grouped 1x1 and a depthwise 3x3 convolution for every gate), and by dense-convrnn, whose gate is a 3x3

@@ -59,7 +59,9 @@ def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tu
     name = Path(path).name
     # what options of their own say is not said twice
     arguments = {k: v for k, v in get_model_args(model).items() if k not in ('num_classes', 'in_chans', 'global_pool')}
-    run = {**train_args, 'model': model.pretrained_cfg['architecture'], 'model_kwargs': arguments}
+    architecture, given = model.pretrained_cfg['architecture'], str(train_args.get('model'))
+    name_of_run = given if given.split('.')[0] == architecture else architecture  # with the tag of what it started from
+    run = {**train_args, 'model': name_of_run, 'model_kwargs': arguments}
     changed = [f'{key} {run.get(key)} instead of {value}' for key, value in recipe.items() if run.get(key) != value]
     keys = (*recipe, 'model', 'num_classes', 'model_kwargs', 'seed', 'epochs', 'amp', 'amp_dtype')
     options = {key: run[key] for key in keys if run.get(key) not in (None, {})}
@@ -70,10 +72,10 @@ def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tu
         f'`{launch} train.py --config args.yaml --data-dir DIR`. They are those that `{name}` names, as the run had '
         'them; what else its command line said is not here.'
     )
-    if ':' in str(train_args.get('model')):
+    if ':' in given:
         how += ' The run started from the network of a folder or repository.'
     if train_args['by_reproduce']:
-        how += ' The network was trained by `regnet-reg reproduce`; a seed of `train.py` gives other views.'
+        how += ' The run was one of `regnet-reg reproduce`, which repeats it; `train.py` draws other crops and flips.'
     if train_args.get('resume'):
         how += ' It was stopped and resumed, so that these options repeat it, but not exactly.'
     told = f'{name} with {", ".join(changed)}' if changed else name

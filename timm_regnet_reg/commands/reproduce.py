@@ -10,9 +10,9 @@ Start this in a clone of this project, where train_recipes/ is. Tables: resnet20
 seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage), depth (32 and 56 layers). A schedule is
 a recipe of train_recipes/: papers {dataset}.yaml (164 epochs), short and strong cifar10_{schedule}.yaml (30 and 200).
 
-A GPU trains eight networks at once, each update a CUDA graph, compiled and with fused time steps if there is Triton. A
-CPU trains one: start the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs that the other
-doesn't have. With TRAIN_PY, train.py's path in a clone of timm, that script trains instead.
+A GPU trains eight networks at once, each update a CUDA graph, compiled and with fused steps (given Triton and compute
+capability 8.0). A CPU trains one: start the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs
+that the other doesn't have. With TRAIN_PY, train.py's path in a clone of timm, that script trains instead.
 
 Stop it whenever you like and start it again: what is done is skipped, and what was begun goes on: exactly where it was
 saved, every 30 seconds, on another device too; with train.py after its last complete epoch, and with another seed, as
@@ -40,11 +40,11 @@ from typing import Any, Dict, Iterator, List, Optional
 import timm
 import torch
 import yaml
-from torch.utils._triton import has_triton
 
-from .. import __version__, set_fused
+from .. import __version__
 from ..arguments import add_device, count, positive
 from ..errors import UserError, reason
+from ..fused import available, set_fused
 from ..papers import flops, output, resident
 from ..papers.cifar import CLASSES
 from ..papers.results import TABLES, Row, Run, add_result, draw, read_results, report
@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
     if args.train_py and (args.minutes or not os.path.isfile(args.train_py)):
         raise UserError(f'{args.train_py}: expected train.py of a clone of timm, and no --minutes, which it ignores')
     if args.compile and not args.train_py:
-        raise UserError('--compile is only for TRAIN_PY; leave it out: a GPU compiles anyway, and a CPU gains nothing')
+        raise UserError('--compile is only for TRAIN_PY; leave it out: a GPU compiles by itself where it can')
     path = Path('train_recipes', args.dataset + ('' if args.schedule == 'papers' else f'_{args.schedule}') + '.yaml')
     recipe = read_recipe(path)
     if args.amp:
@@ -179,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
     versions = {'device': torch.cuda.get_device_name() if gpu else 'cpu', 'python': platform.python_version()}
     versions.update(timm_regnet_reg=__version__, timm=timm.__version__, torch=str(torch.__version__))  # from its class
     images = None if args.train_py else resident.read_images(found, device)
-    set_fused(fast := gpu and not args.train_py and has_triton())
+    set_fused(fast := gpu and not args.train_py and available())
     script = [os.path.abspath(args.train_py or ''), '--data-dir', os.path.abspath(args.data_dir)]
     script += ['--device', args.device, *(['--torchcompile', 'inductor'] if args.compile else [])]
     script += [] if gpu else ['--workers', '0']  # a CPU has no time for processes that wait for it

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from .. import equations
 from ..equations import Kernels, State
 
-__all__ = ['FUSED_CELLS', 'convgru', 'convlstm', 'set_fused']
+__all__ = ['FUSED_CELLS', 'available', 'convgru', 'convlstm', 'set_fused']
 
 FUSED_CELLS = ('convgru', 'convlstm')
 DEVICE = 'cuda'
@@ -22,6 +22,11 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2**29  # elements of X: the kernels count those of four gates with 32 bits
 
 _enabled = False
+
+
+def available() -> bool:
+    """Whether the current CUDA device runs the kernels: there is Triton, and it has compute capability 8.0 or later."""
+    return importlib.util.find_spec('triton') is not None and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def set_fused(enabled: bool = True) -> None:

@@ -12,8 +12,8 @@ caches. The arguments that kernels share:
     sp, sn: Elements from a pixel, and from a channel, to the next: N, 1 in channels_last and 1, height·width otherwise.
     HAS_H: Whether there is a state; without one nothing is read from h_ptr, c_ptr and wh_ptr.
 
-Everything is summed in float32, in an order that doesn't change from run to run. Where an argument is the
-number of a loop's rounds, it is a `while`: Triton 3.6's interpreter makes no range of that with numpy 2.4.
+Everything is summed in float32, in an order that doesn't change from run to run. A loop whose number of rounds is an
+argument is a `while`: Triton 3.6's interpreter can't make a range of an argument with numpy 2.4.
 """
 
 import triton

@@ -152,7 +152,7 @@ class Network:
     """A run in training: its network, optimizer and data, all on the images' device.
 
     It goes on from the checkpoint in `folder`, if there is one; a UserError if it can't. `compiled` is whether forward
-    and backward are compiled, which takes half a minute for each kind of network.
+    and backward are compiled, which takes half a minute to a minute for each kind of network.
     """
 
     def __init__(self, run: Run, images: Images, folder: Path, compiled: bool) -> None:

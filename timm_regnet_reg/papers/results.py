@@ -158,7 +158,7 @@ def _student(freedom: int) -> float:
     factor = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
     density = math.exp(factor) * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
     area = np.cumsum((density[1:] + density[:-1]) / 2) * t[1]
-    return float(t[1 + np.searchsorted(area, 0.475)])
+    return float(np.interp(0.475, area, t[1:]))
 
 
 def _differences(rows: Dict[Row, List[Result]]) -> List[str]:
@@ -215,7 +215,7 @@ def draw(results: List[Result], path: Path) -> None:
             axes.annotate(name, (millions, mean), xytext=(4, 4), textcoords='offset points', fontsize=7)
         axes.set_title(title.replace(', settings', ',\nsettings'), fontsize='medium')
         axes.set(xlabel='parameters, millions', ylabel='error, %')
-        axes.margins(x=0.3)  # for the names
+        axes.margins(x=0.4)  # for the names
         axes.legend(title="hollow: papers', 164 epochs")
     with replacing(path) as new:
         figure.savefig(new, dpi=100, format='png', metadata={'Software': None})
