@@ -17,7 +17,6 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import timm_regnet_reg
 from timm_regnet_reg import equations, fused
 
 GATES = {'convgru': 3, 'convlstm': 4}
@@ -307,7 +306,7 @@ def test_gradients_have_gradients(stand_in):
 def test_fused_steps_need_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.warns(UserWarning, match='Triton is not installed'):
-        timm_regnet_reg.set_fused()
+        importlib.import_module('timm_regnet_reg.fused.enable')
     monkeypatch.setattr(fused, 'DEVICE', 'cpu')
     X, H, C, *W = step_inputs('convgru', (1, 2, 3, 3), True)
     assert not fused.fuses(X, H, C, W) and not fused.available()
