@@ -35,7 +35,7 @@ from torch.fx.experimental.optimization import fuse
 from ..arguments import positive
 from ..cells import CELLS
 from ..errors import UserError
-from ..fused import FUSED_CELLS, set_fused
+from ..fused import GATES, set_fused
 from ..papers.baselines import BASELINES, PLAIN, create_networks
 from ..papers.output import header, row
 from ..papers.timing import Step, capture, create_step, kernel_time, peak_memory, stopwatch
@@ -48,7 +48,8 @@ class Bench:
 
     def __init__(self, networks: List[str], repeats: int, device: torch.device, amp: bool, gpu: bool) -> None:
         self.networks, self.repeats, self.device, self.amp, self.gpu = networks, repeats, device, amp, gpu
-        self.columns = [*networks, *(f'{name} fused' for name in networks if gpu and name in FUSED_CELLS)]
+        self.columns = {name: (name, False) for name in networks}  # of each its network, and whether that is fused
+        self.columns.update({f'{name} fused': (name, True) for name in networks if gpu and name in GATES})
         self.failures: List[str] = []
 
     def run(self, backbone: str, batch_size: int, compile: bool) -> None:
@@ -90,8 +91,7 @@ class Bench:
 
             return run if self.gpu else step
 
-        names = {column: column.removesuffix(' fused') for column in self.columns}
-        return {c: create(models[name], fused=c != name) for c, name in names.items() if name in models}
+        return {c: create(models[name], fused) for c, (name, fused) in self.columns.items() if name in models}
 
     def _measure(self, what: str, steps: Dict[str, Step], memory: bool = False) -> None:
         self._time(what, steps)

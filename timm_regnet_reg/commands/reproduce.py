@@ -177,9 +177,11 @@ def main(args: argparse.Namespace) -> None:
     if gpu := device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)  # for streams
     versions = {'device': torch.cuda.get_device_name() if gpu else 'cpu', 'python': platform.python_version()}
-    versions.update(timm_regnet_reg=__version__, timm=timm.__version__, torch=str(torch.__version__))  # from its class
+    versions.update(timm_regnet_reg=__version__, timm=timm.__version__)
+    versions['torch'] = str(torch.__version__)  # a class of its own, which checkpoints don't take
     images = None if args.train_py else resident.read_images(found, device)
-    set_fused(fast := gpu and not args.train_py and available())
+    fast = gpu and not args.train_py and available()
+    set_fused(fast)
     script = [os.path.abspath(args.train_py or ''), '--data-dir', os.path.abspath(args.data_dir)]
     script += ['--device', args.device, *(['--torchcompile', 'inductor'] if args.compile else [])]
     script += [] if gpu else ['--workers', '0']  # a CPU has no time for processes that wait for it

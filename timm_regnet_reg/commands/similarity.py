@@ -42,6 +42,10 @@ BATCH_SIZE = 64
 LEAST = 4  # images in a batch: below, the unbiased HSIC has no value
 
 
+def _stage(block: str) -> str:
+    return block.partition('.')[0]
+
+
 class Similarity(NamedTuple):
     """How alike a network's blocks are."""
 
@@ -51,7 +55,7 @@ class Similarity(NamedTuple):
     def neighbours(self, measure: str, stage: str = '') -> float:
         """The mean of a measure over neighbours, in one stage, 'layer1', say, or in all; NaN if there are none."""
         pairs = zip(self.blocks, self.blocks[1:], self.values[measure].diagonal(1).tolist())
-        values = [value for a, b, value in pairs if a.split('.')[0] == b.split('.')[0] and a.startswith(stage)]
+        values = [value for a, b, value in pairs if _stage(a) == _stage(b) and a.startswith(stage)]
         return sum(values) / len(values) if values else math.nan
 
 
@@ -74,7 +78,7 @@ def similarity(model: ResNet, batches: Iterable[Tensor]) -> Similarity:
     same for all images of a batch.
     """
     blocks = {name: module for name, module in model.named_modules() if re.fullmatch(r'layer\d\.\d+', name)}
-    names, stages = list(blocks), [name.split('.')[0] for name in blocks]
+    names, stages = list(blocks), [_stage(name) for name in blocks]
     hsic, cosine = torch.zeros(2, len(blocks), len(blocks), dtype=torch.float64)
     grams: List[Tensor] = []  # of the blocks so far
     units: List[Tensor] = []  # outputs of the blocks so far in the stage, of unit length
@@ -117,7 +121,7 @@ def similarity(model: ResNet, batches: Iterable[Tensor]) -> Similarity:
 
 def _table(measure: str, results: Dict[str, Similarity]) -> List[str]:
     """A Markdown table: for every model the means over neighbours, of all stages and of each."""
-    stages = list(dict.fromkeys(block.split('.')[0] for result in results.values() for block in result.blocks))
+    stages = list(dict.fromkeys(_stage(block) for result in results.values() for block in result.blocks))
     lines = output.header([f'{measure} of neighbours', 'all stages', *stages])
     for name, result in results.items():
         means = [result.neighbours(measure, stage) for stage in ['', *stages]]

@@ -14,9 +14,9 @@ from torch.autograd import forward_ad
 from .. import equations
 from ..equations import Kernels, State
 
-__all__ = ['FUSED_CELLS', 'available', 'convgru', 'convlstm', 'set_fused']
+__all__ = ['GATES', 'available', 'convgru', 'convlstm', 'set_fused']
 
-FUSED_CELLS = ('convgru', 'convlstm')
+GATES = {'convgru': 3, 'convlstm': 4}  # of the cells that have fused steps
 DEVICE = 'cuda'
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2**29  # elements of X: the kernels count those of four gates with 32 bits

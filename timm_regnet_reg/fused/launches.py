@@ -5,8 +5,8 @@ from typing import Any, List, Optional, Tuple
 import torch
 import triton
 
-from . import kernels
-from .operators import GATES, IDLE, dense_format
+from . import GATES, kernels
+from .operators import IDLE, dense_format
 
 __all__ = ['step', 'step_backward']
 

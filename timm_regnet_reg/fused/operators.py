@@ -10,19 +10,18 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import equations
+from . import GATES
 
-__all__ = ['GATES', 'IDLE', 'FusedStep', 'dense_format', 'equation']
+__all__ = ['IDLE', 'FusedStep', 'dense_format', 'equation']
 
 Tensors = List[torch.Tensor]
 MaybeTensor = Optional[torch.Tensor]
 
-GATES = {'convgru': 3, 'convlstm': 4}
 IDLE = 1  # the gate that a zero state leaves without effect, r or f
-LIBRARY = 'timm_regnet_reg'
 
 _STEP = 'str cell, Tensor X, Tensor? H, Tensor? C, Tensor K_x, Tensor K_h, Tensor b'
-torch.library.define(f'{LIBRARY}::step', f'({_STEP}) -> Tensor[]')
-torch.library.define(f'{LIBRARY}::step_backward', f'({_STEP}, Tensor dH_new, Tensor? dC_new) -> Tensor[]')
+torch.library.define('timm_regnet_reg::step', f'({_STEP}) -> Tensor[]')
+torch.library.define('timm_regnet_reg::step_backward', f'({_STEP}, Tensor dH_new, Tensor? dC_new) -> Tensor[]')
 
 
 def dense_format(X: torch.Tensor) -> torch.memory_format:
@@ -31,27 +30,27 @@ def dense_format(X: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
-@torch.library.impl(f'{LIBRARY}::step', 'CUDA')
+@torch.library.impl('timm_regnet_reg::step', 'CUDA')
 def step_cuda(cell, X, H, C, K_x, K_h, b) -> Tensors:
     from .launches import step
 
     return step(cell, X, H, C, K_x, K_h, b)
 
 
-@torch.library.impl(f'{LIBRARY}::step_backward', 'CUDA')
+@torch.library.impl('timm_regnet_reg::step_backward', 'CUDA')
 def step_backward_cuda(cell, X, H, C, K_x, K_h, b, dH_new, dC_new) -> Tensors:
     from .launches import step_backward
 
     return step_backward(cell, X, H, C, K_x, K_h, b, dH_new, dC_new)
 
 
-@torch.library.register_fake(f'{LIBRARY}::step')
+@torch.library.register_fake('timm_regnet_reg::step')
 def step_fake(cell, X, H, C, K_x, K_h, b) -> Tensors:
     outputs = 2 if cell == 'convlstm' else 1
     return [torch.empty_like(X, memory_format=dense_format(X)) for _ in range(outputs)]
 
 
-@torch.library.register_fake(f'{LIBRARY}::step_backward')
+@torch.library.register_fake('timm_regnet_reg::step_backward')
 def step_backward_fake(cell, X, H, C, K_x, K_h, b, dH_new, dC_new) -> Tensors:
     def new(like, memory_format=torch.contiguous_format):
         return torch.empty_like(like, memory_format=memory_format)
@@ -64,7 +63,7 @@ def step_backward_fake(cell, X, H, C, K_x, K_h, b, dH_new, dC_new) -> Tensors:
     return gradients
 
 
-@register_flop_formula(getattr(torch.ops, LIBRARY).step)
+@register_flop_formula(torch.ops.timm_regnet_reg.step)
 def step_flops(cell, X_shape, H_shape, C_shape, K_x_shape, K_h_shape, b_shape, **kwargs) -> int:
     """Those of the convolutions, as everywhere else: 2 a multiply-add, the gradients not counted."""
     B, N, height, width = X_shape
@@ -72,7 +71,7 @@ def step_flops(cell, X_shape, H_shape, C_shape, K_x_shape, K_h_shape, b_shape, *
     return 2 * 9 * gates * B * N * height * width * (1 if H_shape is None else 2)
 
 
-@register_flop_formula(getattr(torch.ops, LIBRARY).step_backward)
+@register_flop_formula(torch.ops.timm_regnet_reg.step_backward)
 def step_backward_flops(*args, **kwargs) -> int:
     """Twice the step's: for X and H, and for the kernels. That the gates are computed anew isn't counted."""
     return 2 * step_flops(*args[:7])
@@ -104,7 +103,7 @@ class FusedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(cell, X, H, C, K_x, K_h, b) -> Tuple[torch.Tensor, ...]:
-        return tuple(getattr(torch.ops, LIBRARY).step(cell, X, H, C, K_x, K_h, b))
+        return tuple(torch.ops.timm_regnet_reg.step(cell, X, H, C, K_x, K_h, b))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -117,7 +116,7 @@ class FusedStep(torch.autograd.Function):
         X, H, C, K_x, K_h, b = ctx.saved_tensors
         if dH_new is None:
             dH_new = torch.zeros_like(X)
-        differentiate = step_vjp if torch.is_grad_enabled() else getattr(torch.ops, LIBRARY).step_backward
+        differentiate = step_vjp if torch.is_grad_enabled() else torch.ops.timm_regnet_reg.step_backward
         dX, dK_x, db, *state = differentiate(ctx.cell, X, H, C, K_x, K_h, b, dH_new, dC_new)
         dH, dK_h, dC = (*state, None, None, None)[:3]
         return None, dX, dH, dC, dK_x, dK_h, db

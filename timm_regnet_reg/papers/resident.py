@@ -278,8 +278,8 @@ class Network:
         for key, version in versions.items():
             self.versions[key] = list(dict.fromkeys([*self.versions.get(key, []), version]))
         run, args = self.run, _options(self.recipe)
-        args.model, args.model_kwargs, args.num_classes = run.row.model, run.row.kwargs, CLASSES[run.dataset]
-        args.seed = run.seed
+        args.model, args.model_kwargs = run.row.model, run.row.kwargs
+        args.seed, args.num_classes = run.seed, CLASSES[run.dataset]
         epoch = self.done // self.updates_per_epoch - 1  # the last complete one, counted from 0
         checkpoint = {**self._state(), 'epoch': epoch, 'arch': run.row.model, 'args': args}
         file = io.BytesIO()  # torch's own writer makes a RuntimeError of a full disk
