@@ -19,11 +19,13 @@ from networks import CELLS, IN_TIMM, NETS, ONE_OF_EACH, TINY, assert_close, crea
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureInfo, group_parameters
 from timm.models.resnet import BasicBlock
+from timm.optim import create_optimizer_v2
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import timm_regnet_reg
+from timm_regnet_reg.cells import ConvGRU
 from timm_regnet_reg.networks import RegulatedResNet
 
 IMAGENET = IN_TIMM + ('resnext50_2x40d', 'resnext50_4x24d', 'resnext50_8x14d')
@@ -272,6 +274,16 @@ def test_layer_wise_learning_rates_have_a_regulator_with_its_stages_first_block(
     for name in group.keys() - expected.keys():
         block = re.match(r'layer\d(\.\d)?', name.replace('regulator.', '0.')).group()
         assert group[name] == group[f'{block}.conv1.weight']
+
+
+@pytest.mark.parametrize('name', ['regnet_reg_resnet20_convgru', 'regnet_reg'])
+@pytest.mark.parametrize('kwargs', [{}, {'cell_weight_decay': False}])
+def test_weight_decay_spares_the_cells_where_it_is_to(name, kwargs):
+    model = timm.create_model(name, cell='convgru', **kwargs)
+    cells = {p for module in model.modules() if isinstance(module, ConvGRU) for p in module.parameters()}
+    groups = create_optimizer_v2(model, weight_decay=0.1, filter_bias_and_bn=False).param_groups
+    spared = {p for group in groups if not group['weight_decay'] for p in group['params']}
+    assert spared == (cells if kwargs else set()) and len(cells) % 3 == 0 < len(cells)
 
 
 # Gradient checkpointing

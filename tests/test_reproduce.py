@@ -45,7 +45,7 @@ def test_a_run_is_known_by_all_that_decides_its_result():
     run = create_run()
     same = create_run(recipe=yaml.safe_load(yaml.safe_dump(RECIPE)))  # without the comments
     assert run.has_result([same.identity]) and run.name == same.name
-    others = [create_run(row) for row in (ROWS[1], TABLES['stages'][4], TABLES['stages'][5])]
+    others = [create_run(row) for row in (ROWS[1], *TABLES['stages'][4:6], *TABLES['decay'])]
     changes = dict(dataset='cifar100'), dict(schedule='short'), dict(seed=1), dict(engine='train.py'), dict(train=45000)
     others += [create_run(**change) for change in (*changes, dict(validation=10000))]
     others += [create_run(recipe={**RECIPE, **change}) for change in (dict(amp=True), dict(momentum=0.8))]
@@ -80,12 +80,13 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
     """91, 92 and 93 % are errors of 8 ± 1 %; the papers' are SPEC's. The interval is 4.3027 * sqrt(1 / 3 + 1)."""
     path = tmp_path / 'results' / 'cifar10.csv'
     add_result(path, create_result(TABLES['stages'][0], 0, 95))
+    add_result(path, create_result(TABLES['decay'][0], 1, 94))
     add_result(path, create_result(ROWS[3], 0, 92.5))
     for seed, top1 in (2, 93), (0, 91), (1, 92):
         add_result(path, create_result(ROWS[0], seed, top1, torch='2.1' if seed else '2.2'))
     add_result(path, create_result(ROWS[0], 0, 90, engine='train.py'))
     add_result(path, create_result(ROWS[0], 3, 70, settings='2'))
-    assert [result['seed'] for result in read_results(path)] == ['3', '0', '1', '2', '0', '0', '0']
+    assert [result['seed'] for result in read_results(path)] == ['3', '0', '1', '2', '0', '0', '1', '0']
     with pytest.raises(ValueError, match='two rows'):
         add_result(path, create_result(ROWS[3], 0, 94))
     command = ['reproduce', '--report', '--results', str(path.parent)]
@@ -96,8 +97,10 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
         '| cifar_resnet20 | 0.272M | 40.8M | 8.00 ± 1.00 | 3 | 1.000 | 8.38 |',
         '| regnet_reg_resnet20_convlstm | 0.272M | 40.8M | 7.50 | 1 | 1.000 | 7.28 |',
         '| regnet_reg_resnet20_convgru regulated_stages=(1,) | 0.272M | 40.8M | 5.00 | 1 | 1.000 | 7.52 |',
+        '| regnet_reg_resnet20_convlstm cell_weight_decay=False | 0.272M | 40.8M | 6.00 | 1 | 1.000 |  |',
         '- regnet_reg_resnet20_convlstm: -0.50 ± 4.97',
         '- regnet_reg_resnet20_convgru regulated_stages=(1,): -3.00 ± 4.97',
+        '- regnet_reg_resnet20_convlstm cell_weight_decay=False: -2.00 ± 4.97',
         '| cifar_resnet20 | 0.272M | 40.8M | 10.00 | 1 | 1.000 | 8.38 |',
     ]
     assert 'torch 1 and 2.1 and 2.2, python 1:' in text

@@ -3,7 +3,7 @@
 Source: Xu et al., RegNet: Self-Regulated Network for Image Classification (arXiv 2101.00590).
 """
 
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -26,6 +26,7 @@ class RegulatedResNet(ResNet):
 
     shortcuts: Tuple[str, ...] = ('conv', 'none')
     output_strides: Tuple[int, ...] = (8, 16, 32)
+    cell_weight_decay = True
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class RegulatedResNet(ResNet):
         cell: str = 'convlstm',
         regulated_stages: Optional[Sequence[int]] = None,
         shortcut: str = 'conv',
+        cell_weight_decay: bool = True,
         norm_layer: LayerType = nn.BatchNorm2d,
         zero_init_last: Optional[bool] = None,
         **kwargs,
@@ -46,6 +48,7 @@ class RegulatedResNet(ResNet):
             regulated_stages: Stages with a regulator, counted from 1; None for all, () for the plain network.
             shortcut: 'conv', a 1x1 convolution and BN where the shape changes; 'pad', there every second pixel and
                 zero channels (CIFAR form only); 'none', no residual connections.
+            cell_weight_decay: Whether optimizers that timm makes decay the cells' weights, too.
             norm_layer: Normalisation layer.
             zero_init_last: Start every residual branch at zero; None does so where there are residual connections.
             **kwargs: What else timm's ResNet takes.
@@ -64,6 +67,7 @@ class RegulatedResNet(ResNet):
         check_cell(cell)
         regulated_stages = check_stages(regulated_stages, len(layers))
         super().__init__(block, layers, norm_layer=norm_layer, zero_init_last=zero_init_last, **kwargs)
+        self.cell_weight_decay = cell_weight_decay
         self._set_shortcut(shortcut)
         self.add_regulators(cell, regulated_stages, get_norm_layer(norm_layer))
 
@@ -117,6 +121,11 @@ class RegulatedResNet(ResNet):
         for stage in self.stages():  # first: one that refuses leaves nothing half done
             stage.train(mode)
         return super().train(mode)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the parameters that optimizers of timm's don't decay: none, or the cells'."""
+        return set() if self.cell_weight_decay else {n for n, _ in self.named_parameters() if '.regulator.' in n}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

@@ -182,7 +182,7 @@ def _entrypoint(name: str, model_class: type, model_args: Dict[str, Any], doc: s
     Args:
         pretrained: Load the weights of the model's default tag.
         **kwargs: What timm's ResNet takes, and `regulated_stages` (stages with a regulator, counted from 1; default
-            all) and `shortcut` ('conv' or 'none', in CIFAR form also 'pad').
+            all), `shortcut` ('conv' or 'none', in CIFAR form also 'pad') and `cell_weight_decay` (default True).
 
     Returns:
         The network, or its feature extractor with `features_only=True`.
@@ -210,7 +210,13 @@ for _name, (_model_class, _model_args, _, _doc) in MODELS.items():
     globals()[_name] = register_model(_entrypoint(_name, _model_class, _model_args, _doc))
 
 
-def _regulated(backbone: str, cell: str, regulated_stages: Optional[Sequence[int]] = None, **kwargs: Any) -> ResNet:
+def _regulated(
+    backbone: str,
+    cell: str,
+    regulated_stages: Optional[Sequence[int]] = None,
+    cell_weight_decay: bool = True,
+    **kwargs: Any,
+) -> ResNet:
     if backbone.split('.')[0] in MODELS:
         kwargs['regulated_stages'] = ()
     else:
@@ -218,6 +224,7 @@ def _regulated(backbone: str, cell: str, regulated_stages: Optional[Sequence[int
     model = create_model(backbone, **kwargs)
     check_regulable(model)
     add_regulators(model, cell, regulated_stages)
+    model.cell_weight_decay = cell_weight_decay
     model._model_args = dict(backbone=backbone, cell=cell, regulated_stages=regulated_stages)
     return model
 
@@ -229,8 +236,8 @@ def regnet_reg(pretrained: bool = False, **kwargs) -> RegulatedResNet:
     Args:
         pretrained: Start with the backbone's weights and regulators that leave its outputs as they are.
         **kwargs: `backbone`, timm's name of the plain network, with or without tag (default 'resnet50'), `cell`
-            ('convrnn', 'convgru' or 'convlstm', the default), `regulated_stages` (counted from 1; default all), and
-            what the backbone takes.
+            ('convrnn', 'convgru' or 'convlstm', the default), `regulated_stages` (counted from 1; default all),
+            `cell_weight_decay` (default True), and what the backbone takes.
 
     Returns:
         The network, or its feature extractor with `features_only=True`.

@@ -7,8 +7,9 @@
     regnet-reg reproduce --report
 
 Start this in a clone of this project, where train_recipes/ is. Tables: resnet20 (the plain network and three cells),
-seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage), depth (32 and 56 layers). A schedule is
-a recipe of train_recipes/: papers {dataset}.yaml (164 epochs), short and strong cifar10_{schedule}.yaml (30 and 200).
+seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage), depth (32 and 56 layers), and one that
+the papers don't have, decay (a ConvLSTM that weight decay spares). A schedule is a recipe of train_recipes/: papers
+{dataset}.yaml (164 epochs), short and strong cifar10_{schedule}.yaml (30 and 200).
 
 A GPU trains eight networks at once, each update a CUDA graph, compiled and with fused steps (given Triton and compute
 capability 8.0). A CPU trains one: start the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs

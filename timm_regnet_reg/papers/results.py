@@ -1,9 +1,11 @@
 """The rows of the papers' CIFAR tables, runs of them, the CSV files of what was trained, and what these tell."""
 
+import ast
 import csv
 import hashlib
 import json
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +22,17 @@ Result = Dict[str, str]  # a row of a CSV file
 
 
 class Row(NamedTuple):
-    """A row of the papers' tables: a model, its errors (%) there, and the only regulated stage, if not all are."""
+    """A row of the tables: a model, its argument as --model-kwargs takes it, and the papers' errors in %, if any."""
 
     model: str
-    cifar10: float
-    cifar100: float
-    stage: int = 0
+    arguments: str
+    cifar10: str
+    cifar100: str
 
     @property
     def kwargs(self) -> Dict[str, Any]:
-        return {'regulated_stages': (self.stage,)} if self.stage else {}
-
-    @property
-    def arguments(self) -> str:
-        """As --model-kwargs takes them."""
-        return f'regulated_stages=({self.stage},)' if self.stage else ''
+        name, _, value = self.arguments.partition('=')
+        return {name: ast.literal_eval(value)} if name else {}
 
     def __str__(self) -> str:
         return f'{self.model} {self.arguments}'.strip()
@@ -42,8 +40,7 @@ class Row(NamedTuple):
 
 TABLES: Dict[str, List[Row]] = {}
 for line in csv.DictReader(Path(__file__).with_name('tables.csv').read_text().splitlines()):
-    row = Row(line['model'], float(line['cifar10']), float(line['cifar100']), int(line['stage'] or 0))
-    TABLES.setdefault(line['table'], []).append(row)
+    TABLES.setdefault(line.pop('table'), []).append(Row(**line))
 ROWS = [row for rows in TABLES.values() for row in rows]
 PLACES = {(row.model, row.arguments): place for place, row in enumerate(ROWS)}
 # what a run is known by; it may have one row
@@ -88,8 +85,9 @@ class Run:
         """Of the run's folder."""
         facts = self.identity
         names = [facts[key] for key in ('dataset', 'schedule', 'engine', 'precision', 'model')]
-        stage = f'-stage{self.row.stage}' if self.row.stage else ''
-        return f'{"-".join(names)}{stage}-seed{self.seed}-{facts["settings"]}'
+        if self.row.arguments:
+            names.append(re.sub(r'\W', '', self.row.arguments.replace('regulated_stages', 'stage')))
+        return f'{"-".join(names)}-seed{self.seed}-{facts["settings"]}'
 
     def has_result(self, results: List[Result]) -> bool:
         return any(self.identity.items() <= result.items() for result in results)
@@ -191,7 +189,7 @@ def report(results: List[Result]) -> str:
             parameters, multiply_adds = (int(runs[0][key]) / 1e6 for key in ('parameters', 'multiply_adds'))
             error = f'{mean:.2f} ± {deviation:.2f}' if len(runs) > 1 else f'{mean:.2f}'
             figures = f'{parameters:.3f}M', f'{multiply_adds:.1f}M', error, f'{len(runs)}', f'{loss:.3f}'
-            lines.append(output.row([str(row), *figures, f'{getattr(row, runs[0]["dataset"]):.2f}']))
+            lines.append(output.row([str(row), *figures, getattr(row, runs[0]['dataset'])]))
         lines += ['', *_differences(rows)]
     return '\n'.join(lines)
 
@@ -210,7 +208,8 @@ def draw(results: List[Result], path: Path) -> None:
             label = cell if cell not in axes.get_legend_handles_labels()[1] else None
             (mean, deviation), millions = _error(runs), int(runs[0]['parameters']) / 1e6
             axes.errorbar(millions, mean, deviation, fmt='o', capsize=3, color=color, label=label)
-            axes.plot(millions, getattr(row, runs[0]['dataset']), 'o', fillstyle='none', color=color)
+            if papers := getattr(row, runs[0]['dataset']):
+                axes.plot(millions, float(papers), 'o', fillstyle='none', color=color)
             name = f'{backbone} {row.arguments.removeprefix("regulated_")}'
             axes.annotate(name, (millions, mean), xytext=(4, 4), textcoords='offset points', fontsize=7)
         axes.set_title(title.replace(', settings', ',\nsettings'), fontsize='medium')
