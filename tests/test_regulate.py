@@ -289,11 +289,6 @@ not_affine = made('resnet18', norm_layer=lambda n, **kwargs: nn.BatchNorm2d(n, a
         (altered(lambda model: model.prune_intermediate_layers([2])), ValueError, 'layer3.*pruned'),
         (altered(lambda model: setattr(model, 'layer4', None)), ValueError, 'layer4.*pruned'),
         (altered(lambda model: setattr(model, 'layer4', nn.Identity())), ValueError, 'layer4.*pruned'),
-        (
-            altered(lambda model: setattr(model, 'layer3', model.layer2)),
-            ValueError,
-            'layer3.*block that it has already',
-        ),
         (lambda: timm.layers.convert_splitbn_model(small()), TypeError, 'SplitBatchNorm2d'),
         (made('ecaresnet50d_pruned'), ValueError, 'layer1.*widths, 47, 52'),
         (made('resnet50_gn', **TINY, norm_layer='groupnorm1'), TypeError, 'layer1.*GroupNorm1'),

@@ -156,7 +156,7 @@ def write_folder(path, train=2, test=1, classes=10):
 
 
 def read_images(path, dataset='cifar10'):
-    return resident.read_images(resident.find_images(str(path), dataset), torch.device('cpu'))
+    return resident.read_images(resident.find_splits(str(path), dataset), torch.device('cpu'))
 
 
 def train(runs, attempt=nullcontext, version='2', stop=math.inf):

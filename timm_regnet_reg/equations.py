@@ -23,8 +23,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import sigmoid, tanh
 
-# of G gates the kernels of X (G, N, 1, 3, 3), of H (G, N, 1, 3, 3) and the biases (G, N); after them the same three of
-# each gate by itself, without the dimension G
+# of all G gates the kernels of X (G, N, 1, 3, 3), those of H (G, N, 1, 3, 3) and the biases (G, N); then the same three
+# of the first gate alone, of the second, and so on, without the dimension G
 Kernels = List[torch.Tensor]
 State = Tuple[torch.Tensor, Optional[torch.Tensor]]  # H and C, (B, N, height, width) each
 

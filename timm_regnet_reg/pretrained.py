@@ -69,13 +69,6 @@ def warm_start_cfgs(name: str, backbone: str) -> Dict[str, PretrainedCfg]:
     return {f'{name}.warm_{cfg.tag}': warm_start_cfg(name, cfg) for cfg in cfgs}
 
 
-def filter_checkpoint(state_dict: Mapping[str, Any], model: torch.nn.Module) -> Dict[str, Any]:
-    """timm's checkpoint filter: weights of any version of this package, under the names that they have today."""
-    state_dict = dict(state_dict)
-    split_fusions(state_dict)
-    return state_dict
-
-
 def check_weights(
     state_dict: Mapping[str, Any], model: torch.nn.Module, is_optional: Callable[[str], bool] = lambda key: False
 ) -> None:
@@ -108,7 +101,7 @@ def prepare_checkpoint(state_dict: Dict[str, Any], model: RegulatedResNet) -> Di
     A UserError as of `check_weights`, as timm lets keys pass where it adapts the classifier, or if the network has
     layers that can't start with a backbone's weights.
     """
-    state_dict = filter_checkpoint(state_dict, model)
+    split_fusions(state_dict := dict(state_dict))
     cfg = model.pretrained_cfg
     # a warm start that was fine-tuned and saved still has its tag, but brings its regulators
     warm_start = str(cfg.get('tag')).startswith('warm_') and not any(_is_added(key) for key in state_dict)

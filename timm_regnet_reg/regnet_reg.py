@@ -249,7 +249,7 @@ def regnet_reg(pretrained: bool = False, **kwargs) -> RegulatedResNet:
             f"backbone={backbone!r} was given: a name that is registered in timm is expected, such as 'resnet50'. To "
             'regulate the network of a folder or repository, weights and all, give it to timm_regnet_reg.regulate().'
         )
-    # the entry's own, which timm's scripts resolve beforehand, says nothing of the backbone
+    # timm's scripts pass the cfg of the name `regnet_reg`, which knows of no backbone: as if none was given
     if kwargs.get('pretrained_cfg') in (None, '', resolve_pretrained_cfg('regnet_reg').to_dict()):
         cfg = get_pretrained_cfg(backbone) or PretrainedCfg()
         kwargs['pretrained_cfg'] = (

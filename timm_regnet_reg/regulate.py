@@ -1,7 +1,7 @@
 """`regulate`: any of timm's ResNets becomes a regulated network with the same weights and outputs."""
 
 import copy
-from typing import Optional, Sequence, Set
+from typing import Optional, Sequence
 
 import torch.nn as nn
 from timm.models import ResNet
@@ -20,7 +20,6 @@ def check_regulable(model: nn.Module) -> None:
     """Raise what `regulate` raises for a network that it can't take."""
     if type(model) not in (ResNet, RegulatedResNet, CifarRegulatedResNet):
         raise TypeError(f'A {type(model).__module__}.{type(model).__qualname__} was given. {_ACCEPTED}')
-    blocks: Set[nn.Module] = set()
     for name in (info['module'] for info in model.feature_info[1:]):
         stage = getattr(model, name, None)
         if isinstance(stage, RegulatedStage):
@@ -28,9 +27,6 @@ def check_regulable(model: nn.Module) -> None:
         if not isinstance(stage, nn.Sequential) or len(stage) == 0:
             raise ValueError(f'{name} of the given network has been pruned. {_ACCEPTED}')
         for block in stage:
-            if block in blocks:
-                raise ValueError(f'{name} of the given network has a block that it has already. {_ACCEPTED}')
-            blocks.add(block)
             if type(block) not in REGULATED_BLOCKS:
                 raise TypeError(f'{name} of the given network has a block {type(block).__name__}. {_ACCEPTED}')
         check_layers(name, stage)

@@ -22,8 +22,9 @@ from timm.models._input import get_model_args
 from timm.utils import load_checkpoint_metadata
 
 from ..arguments import add_data, add_device, count, positive, words
+from ..blocks import split_fusions
 from ..errors import UserError, reason
-from ..pretrained import check_weights, filter_checkpoint
+from ..pretrained import check_weights
 from ..weights.folder import check_replaceable, save_folder
 from ..weights.inference import try_image
 from ..weights.scoring import ImageFolder, check_device, check_same_classes, score, split_folder
@@ -133,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
         model = _build(args.model, train_args, state_dict).eval()
         if (architecture := model.pretrained_cfg['architecture']) != args.model:
             raise UserError(f'it is a checkpoint of {architecture}; give one of {args.model}, or that --model')
-        state_dict = filter_checkpoint(state_dict, model)
+        split_fusions(state_dict)
         check_weights(state_dict, model)
         model.load_state_dict(state_dict)
         data_config = resolve_input_data_config(model, train_args)

@@ -163,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.train_py:
         resident.check_recipe(recipe)
     device = check_device(args.device)
-    found = resident.find_images(args.data_dir, args.dataset)
+    found = resident.find_splits(args.data_dir, args.dataset)
     alike = 'train.py' if args.train_py else 'resident', recipe, {split: len(images) for split, images in found.items()}
     rows = _choose(args.table, args.models)
     runs = [Run(row, args.dataset, args.schedule, seed, *alike) for seed in dict.fromkeys(args.seeds) for row in rows]

@@ -104,7 +104,7 @@ def _read_pixels(path: str, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def find_images(folder: str, dataset: str) -> Dict[str, ImageFolder]:
+def find_splits(folder: str, dataset: str) -> Dict[str, ImageFolder]:
     """The images of both splits, in timm's order; a UserError if they aren't CIFAR's."""
     found = {}
     for split, size in SIZES.items():
@@ -114,7 +114,7 @@ def find_images(folder: str, dataset: str) -> Dict[str, ImageFolder]:
 
 
 def read_images(found: Dict[str, ImageFolder], device: torch.device) -> Images:
-    """What `find_images` found; a UserError if an image is damaged or of another size."""
+    """What `find_splits` found; a UserError if an image is damaged or of another size."""
     tensors = []
     with ThreadPoolExecutor() as pool:
         for split, size in SIZES.items():
