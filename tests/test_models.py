@@ -20,12 +20,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureInfo, group_parameters
 from timm.models.resnet import BasicBlock
 from timm.optim import create_optimizer_v2
+from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import timm_regnet_reg
-from timm_regnet_reg.cells import ConvGRU
+from timm_regnet_reg import cells
+from timm_regnet_reg.cells import ConvGRU, ConvLSTM
 from timm_regnet_reg.networks import RegulatedResNet
 
 IMAGENET = IN_TIMM + ('resnext50_2x40d', 'resnext50_4x24d', 'resnext50_8x14d')
@@ -165,7 +167,7 @@ def test_features_are_what_each_stages_last_block_gives(net):
     for indices, wanted in ((None, range(last + 1)), (2, [last - 1, last]), ([-1, 1], [1, last]), ([0], [0])):
         final, found = model.forward_intermediates(x, indices)
         assert torch.equal(final, model.forward_features(x))
-        early, alone = model.forward_intermediates(x, indices, stop_early=True)
+        early, alone = model.forward_intermediates(x, indices, False, True)  # stops early
         assert len(found) == len(alone) == len(wanted)
         for i, feature, other in zip(wanted, found, alone):
             assert torch.equal(feature, taps[i]) and torch.equal(other, taps[i])
@@ -274,6 +276,45 @@ def test_layer_wise_learning_rates_have_a_regulator_with_its_stages_first_block(
     for name in group.keys() - expected.keys():
         block = re.match(r'layer\d(\.\d)?', name.replace('regulator.', '0.')).group()
         assert group[name] == group[f'{block}.conv1.weight']
+
+
+@pytest.mark.parametrize(
+    'name, plain', [('regnet_reg_resnet20_convgru', 'cifar_resnet20'), ('regnet_reg_resnet18_convgru', 'resnet18')]
+)
+def test_a_seed_starts_plain_and_regulated_networks_with_one_backbone(name, plain):
+    states = []
+    for model in name, plain:
+        torch.manual_seed(0)
+        states.append(timm.create_model(model, num_classes=10).state_dict())
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
+
+
+class ForgetBias(ConvLSTM):
+    """README's example of a cell."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        with torch.no_grad():
+            self.bias.chunk(4)[1].fill_(1)
+
+
+def test_an_own_cell_regulates_and_its_states_can_be_recorded_as_readme_says(monkeypatch):
+    monkeypatch.setitem(cells.CELLS, 'forget_bias', ForgetBias)
+    model = timm_regnet_reg.regulate(lively('cifar plain'), cell='forget_bias', stages=(3,)).eval()
+    assert model.layer3.regulator.bias.tolist() == 64 * [0] + 64 * [1] + 128 * [0]
+    seen, states = [], []
+    for block in model.layer3:
+        block.regulator_bn.register_forward_hook(lambda bn, given, out: seen.append(given[0]))
+
+        def step(*args, step=block.step):
+            states.append(step(*args))
+            return states[-1]
+
+        block.step = step
+    x = images(model)
+    expected = model(x)
+    assert len(states) == len(model.layer3) and all(torch.equal(H, given) for (H, _), given in zip(states, seen))
+    assert_close(reparameterize_model(model)(x), expected)
 
 
 @pytest.mark.parametrize('name', ['regnet_reg_resnet20_convgru', 'regnet_reg'])

@@ -102,9 +102,10 @@ def test_warm_start_takes_the_arguments_that_timms_backbone_takes(timm_hub, kwar
     assert_close(model(x), plain(x), tolerance=1e-10 if 'dtype' in kwargs else 1e-4)
 
 
-@pytest.mark.parametrize('backbone', ['local-dir:resnet18', 'hf-hub:timm/resnet18.a1_in1k'])
+@pytest.mark.parametrize('backbone', ['local-dir:resnet18', 'hf-hub:timm/resnet18.a1_in1k', torch.nn.ReLU()])
 def test_a_backbone_that_is_not_registered_is_refused(backbone):
-    with pytest.raises(ValueError, match=f"backbone='{backbone}' was given: .* give it to timm_regnet_reg.regulate"):
+    told = re.escape(f'backbone={backbone!r} was given: ')
+    with pytest.raises(ValueError, match=f'{told}.* give it to timm_regnet_reg.regulate'):
         timm.create_model('regnet_reg', backbone=backbone)
 
 
@@ -118,6 +119,29 @@ def test_warm_start_of_a_d_variant(hub, tmp_path):
         x = torch.randn(2, kwargs.get('in_chans', 3), 64, 64)
         assert_close(model(x), plain(x))
     assert model.pretrained_cfg['first_conv'] == 'conv1.0'
+
+
+@pytest.mark.parametrize('name, kwargs', [(MODEL, {}), ('regnet_reg', dict(backbone='cifar_resnet20', cell='convgru'))])
+def test_own_plain_weights_start_a_regulated_network_where_strictness_is_off(name, kwargs):
+    plain = randomize(timm.create_model('cifar_resnet20')).eval()
+    weights = {key: value for key, value in plain.state_dict().items() if key != 'layer2.0.conv1.weight'}
+    for overlay in (dict(state_dict=plain.state_dict()), dict(state_dict={**weights, 'extra': torch.ones(1)})):
+        lenient = dict(pretrained=True, pretrained_strict=False, pretrained_cfg_overlay=overlay)
+        model = timm.create_model(name, **kwargs, **lenient).eval()
+        plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in plain.state_dict()})
+        assert_close(model(images(model)), plain(images(model)))
+    assert torch.equal(model.layer1[0].conv1.weight, weights['layer1.0.conv1.weight'])
+
+
+def test_a_tags_network_takes_weights_of_another_place_as_train_py_names_them(tmp_path):
+    """`--pretrained-path` comes with num_classes=-1."""
+    name = 'regnet_reg_resnet20_convlstm.cifar10_stage3'
+    own = timm.create_model(name, pretrained=True)
+    torch.save(own.state_dict(), tmp_path / 'own.pth')
+    overlay = dict(file=str(tmp_path / 'own.pth'), num_classes=-1)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert model.num_classes == 10 and model.state_dict().keys() == own.state_dict().keys()
+    assert torch.equal(model.layer3.regulator.pointwise, own.layer3.regulator.pointwise)
 
 
 @pytest.mark.parametrize('name', ['resnet18', WARM])
@@ -368,7 +392,7 @@ def test_a_classifier_of_another_width_is_refused_unless_it_is_replaced(folder, 
             'not floating-point tensors: layer1.0.bn1.b',
         ),
         (replace_by('regnet_reg_resnet20_convgru'), 'size mismatch for layer1.regulator'),
-        (replace_by('cifar_resnet20'), 'weights are missing: layer1.0.regulator_bn.weight'),
+        (replace_by('cifar_resnet20'), "a plain network's; pretrained_strict=False adds regulators"),
     ],
     ids=['missing key', 'extra key', 'shape', 'NaN', 'integers', 'cell', 'plain'],
 )

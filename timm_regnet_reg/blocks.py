@@ -271,7 +271,7 @@ class RegulatedStage(_Stage):
                 identity = nn.Conv2d(bn.num_features, bn.num_features, 1, groups=bn.num_features, bias=False)
                 nn.init.ones_(identity.weight)
                 block.regulator_bn = fuse_conv_bn_eval(identity.to(bn.running_mean).eval(), bn)
-        if isinstance(getattr(self, 'regulator', None), RegulatorCell):
+        if type(getattr(self, 'regulator', None)) in REPARAMETERIZED:  # a cell of the user's stays as it is
             for block in self:
                 del block.step
                 # of its own: not all runtimes know shared layers

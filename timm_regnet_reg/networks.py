@@ -68,6 +68,7 @@ class RegulatedResNet(ResNet):
         regulated_stages = check_stages(regulated_stages, len(layers))
         super().__init__(block, layers, norm_layer=norm_layer, zero_init_last=zero_init_last, **kwargs)
         self.cell_weight_decay = cell_weight_decay
+        self._set_stem()
         self._set_shortcut(shortcut)
         self.add_regulators(cell, regulated_stages, get_norm_layer(norm_layer))
 
@@ -83,6 +84,9 @@ class RegulatedResNet(ResNet):
         for stage in self.stages():
             if isinstance(stage, RegulatedStage):
                 stage.init_weights()
+
+    def _set_stem(self) -> None:
+        """For a form that has another stem than timm's ResNet."""
 
     def _set_shortcut(self, shortcut: str) -> None:
         if shortcut == 'conv':
@@ -152,7 +156,7 @@ class CifarRegulatedResNet(RegulatedResNet):
         self,
         block: Type[BasicBlock],
         layers: Tuple[int, int, int],
-        in_chans: int = 3,
+        num_classes: int = 10,
         output_stride: int = 32,
         **kwargs,
     ) -> None:
@@ -160,7 +164,7 @@ class CifarRegulatedResNet(RegulatedResNet):
         Args:
             block: timm's BasicBlock.
             layers: Number of blocks of each of the three stages.
-            in_chans: Channels of the image.
+            num_classes: Classes.
             output_stride: At most this stride, by dilation: 2, 4, which is the network's own, 8, 16 or 32.
             **kwargs: As RegulatedResNet.
 
@@ -173,7 +177,7 @@ class CifarRegulatedResNet(RegulatedResNet):
         super().__init__(
             block,
             layers,
-            in_chans=in_chans,
+            num_classes=num_classes,
             # a deep stem of width 8 leaves the 16 channels that the first stage needs; the stem itself is replaced
             stem_type='deep',
             stem_width=8,
@@ -181,8 +185,11 @@ class CifarRegulatedResNet(RegulatedResNet):
             output_stride=min(4 * output_stride, 32),  # timm counts a stem of stride 4, and this one has stride 1
             **kwargs,
         )
+
+    def _set_stem(self) -> None:
+        """Before there are regulators: a seed gives plain and regulated networks the same backbone."""
         weight = self.layer1[0].conv1.weight
-        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, device=weight.device, dtype=weight.dtype)
+        self.conv1 = nn.Conv2d(self.in_chans, 16, 3, padding=1, bias=False, device=weight.device, dtype=weight.dtype)
         nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
         self.maxpool = nn.Identity()
         self.layer4 = nn.Sequential()  # empty, so that everything of timm's ResNet works
@@ -192,10 +199,10 @@ class CifarRegulatedResNet(RegulatedResNet):
             info['reduction'] //= 4
 
     def forward_intermediates(
-        self, x: torch.Tensor, indices: Optional[Union[int, List[int]]] = None, **kwargs: Any
+        self, x: torch.Tensor, indices: Optional[Union[int, List[int]]] = None, *args: Any, **kwargs: Any
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """As timm's ResNet, with a feature less: there is no `layer4` that computes anything."""
-        return super().forward_intermediates(x, feature_take_indices(4, indices)[0], **kwargs)
+        return super().forward_intermediates(x, feature_take_indices(4, indices)[0], *args, **kwargs)
 
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True

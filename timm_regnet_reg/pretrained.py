@@ -95,22 +95,28 @@ def check_weights(
             )
 
 
-def prepare_checkpoint(state_dict: Dict[str, Any], model: RegulatedResNet) -> Dict[str, Any]:
+def prepare_checkpoint(state_dict: Dict[str, Any], model: RegulatedResNet, strict: bool = True) -> Dict[str, Any]:
     """What timm is to load: filtered, checked, and with the regulators that a backbone's weights lack.
 
     A UserError as of `check_weights`, as timm lets keys pass where it adapts the classifier, or if the network has
-    layers that can't start with a backbone's weights.
+    layers that can't start with a backbone's weights. If not `strict`, weights may be missing or unexpected, and the
+    regulators, too.
     """
     split_fusions(state_dict := dict(state_dict))
     cfg = model.pretrained_cfg
     # a warm start that was fine-tuned and saved still has its tag, but brings its regulators
-    warm_start = str(cfg.get('tag')).startswith('warm_') and not any(_is_added(key) for key in state_dict)
+    is_plain = not any(_is_added(key) for key in state_dict)
+    warm_start = is_plain and (not strict or str(cfg.get('tag')).startswith('warm_'))
 
     def is_optional(key: str) -> bool:  # the classifier may be another one, and older files lack the counters
-        return key.startswith('fc.') or key.endswith('.num_batches_tracked') or (warm_start and _is_added(key))
+        is_extra = key.startswith('fc.') or key.endswith('.num_batches_tracked')
+        return not strict or is_extra or (warm_start and _is_added(key))
 
     try:
-        for name, stage in model.named_children() if warm_start else ():
+        if is_plain and not warm_start and any(_is_added(key) for key in model.state_dict()):
+            told = "a plain network's; pretrained_strict=False adds regulators that leave its outputs as they are"
+            raise UserError(f'They are {told}.')
+        for name, stage in model.named_children() if warm_start and strict else ():
             if isinstance(stage, RegulatedStage):
                 check_layers(name, stage)
         check_weights(state_dict, model, is_optional)

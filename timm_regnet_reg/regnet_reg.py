@@ -5,6 +5,7 @@ Design Spaces*, which are called RegNet too.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -132,7 +133,8 @@ def _create(
     overlay = dict(pretrained_cfg_overlay or {})
     if overlay.get('hf_hub_id') or overlay.get('url'):
         overlay.setdefault('file', None)  # packaged weights are a file, which timm would prefer
-    recorded = packaged_args(resolve_pretrained_cfg(name, pretrained_cfg, overlay))
+    cfgs = (resolve_pretrained_cfg(name, pretrained_cfg, given) for given in (overlay, None))
+    recorded = next((args for args in map(packaged_args, cfgs) if args), {})  # a tag's, too, if its file is another
     args = {**model_args, **recorded, **kwargs}
 
     def build(**args: Any) -> ResNet:
@@ -153,7 +155,7 @@ def _create(
         pretrained_cfg,
         overlay,
         feature_cfg=feature_cfg,
-        pretrained_filter_fn=prepare_checkpoint,
+        pretrained_filter_fn=partial(prepare_checkpoint, strict=args.get('pretrained_strict', True)),
         **args,
     )
 
@@ -244,10 +246,10 @@ def regnet_reg(pretrained: bool = False, **kwargs) -> RegulatedResNet:
     """
     model_args: Dict[str, Any] = dict(backbone='resnet50', cell='convlstm')
     backbone = kwargs.get('backbone', model_args['backbone'])
-    if ':' in backbone:
+    if not isinstance(backbone, str) or ':' in backbone:
         raise ValueError(
-            f"backbone={backbone!r} was given: a name that is registered in timm is expected, such as 'resnet50'. To "
-            'regulate the network of a folder or repository, weights and all, give it to timm_regnet_reg.regulate().'
+            f"backbone={backbone!r:.60} was given: a name that is registered in timm is expected, such as 'resnet50'. "
+            'To regulate a network, of a folder or repository, say, give it to timm_regnet_reg.regulate().'
         )
     # timm's scripts pass the cfg of the name `regnet_reg`, which knows of no backbone: as if none was given
     if kwargs.get('pretrained_cfg') in (None, '', resolve_pretrained_cfg('regnet_reg').to_dict()):

@@ -44,7 +44,8 @@ def check_layers(name: str, stage: nn.Module) -> None:
         for bn in (block.bn1, block.bn2):
             if not can_undo_itself(bn):
                 told = f'{name} of the given network has normalisation {type(bn).__name__}'
-                raise TypeError(f'{told}, not an affine batch norm with running statistics. {_ACCEPTED}')
+                expected = 'a batch norm with weights to train and running statistics; freeze layers afterwards'
+                raise TypeError(f'{told}, not {expected}. {_ACCEPTED}')
 
 
 def add_regulators(model: ResNet, cell: str, stages: Optional[Sequence[int]]) -> None:
