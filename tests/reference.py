@@ -247,37 +247,3 @@ def network(
         own_kind = kind if regulated_stages is None or i in regulated_stages else None
         x = stage(within(sd, f'layer{i}'), x, depth, own_kind, stride, first_dilation, dilation, shortcut, training)
     return F.linear(x.mean((2, 3)), sd['fc.weight'], sd['fc.bias'])
-
-
-# ResNeXt's three forms of one block (before the shortcut; `cardinality` branches; evaluation mode)
-
-
-def resnext_branches(sd: StateDict, x: Tensor, cardinality: int) -> Tensor:
-    """A sum of branches, each with its own 1x1, 3x3 and 1x1."""
-    d = sd['conv1.weight'].shape[0] // cardinality
-    branches = []
-    for c in range(cardinality):
-        own = slice(c * d, (c + 1) * d)
-        bn1 = {key: value[own] for key, value in within(sd, 'bn1').items() if value.ndim}
-        bn2 = {key: value[own] for key, value in within(sd, 'bn2').items() if value.ndim}
-        y = torch.relu(batch_norm(bn1, F.conv2d(x, sd['conv1.weight'][own]), False))
-        y = torch.relu(batch_norm(bn2, F.conv2d(y, sd['conv2.weight'][own], padding=1), False))
-        branches.append(F.conv2d(y, sd['conv3.weight'][:, own]))
-    return batch_norm(within(sd, 'bn3'), sum(branches), False)
-
-
-def resnext_split(sd: StateDict, x: Tensor, cardinality: int) -> Tensor:
-    """One wide 1x1, whose output is split among the 3x3 of the branches; their outputs are concatenated."""
-    y = torch.relu(batch_norm(within(sd, 'bn1'), F.conv2d(x, sd['conv1.weight']), False))
-    pieces = zip(y.chunk(cardinality, dim=1), sd['conv2.weight'].chunk(cardinality, dim=0))
-    y = torch.cat([F.conv2d(piece, weight, padding=1) for piece, weight in pieces], dim=1)
-    y = torch.relu(batch_norm(within(sd, 'bn2'), y, False))
-    return batch_norm(within(sd, 'bn3'), F.conv2d(y, sd['conv3.weight']), False)
-
-
-def resnext_grouped(sd: StateDict, x: Tensor, cardinality: int) -> Tensor:
-    """A grouped 3x3."""
-    y = torch.relu(batch_norm(within(sd, 'bn1'), F.conv2d(x, sd['conv1.weight']), False))
-    y = F.conv2d(y, sd['conv2.weight'], padding=1, groups=cardinality)
-    y = torch.relu(batch_norm(within(sd, 'bn2'), y, False))
-    return batch_norm(within(sd, 'bn3'), F.conv2d(y, sd['conv3.weight']), False)

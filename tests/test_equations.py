@@ -216,19 +216,6 @@ def test_network_is_its_equations(name, size, kwargs, training):
         check(t, sd[key], tolerance, key)
 
 
-# ResNeXt's three forms
-
-
-@pytest.mark.parametrize('cardinality, d', [(1, 64), (2, 40), (4, 24), (8, 14), (32, 4)])
-def test_three_forms_of_the_resnext_block_are_one_function(cardinality, d):
-    block = randomize(Bottleneck(256, 64, cardinality=cardinality, base_width=d)).double().eval()
-    x = random_image(2, 256, 5, 4)
-    for form in (reference.resnext_branches, reference.resnext_split, reference.resnext_grouped):
-        with torch.no_grad():
-            expected = torch.relu(x + form(block.state_dict(), x, cardinality))
-            check(block(x), expected, OUTPUT_64, f'{cardinality}x{d}d')
-
-
 # Plain networks
 
 
