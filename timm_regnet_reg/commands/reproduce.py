@@ -37,7 +37,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional
 
 import timm
 import torch
@@ -67,20 +67,22 @@ def _choose(tables: List[str], models: Optional[List[str]]) -> List[Row]:
     return list(dict.fromkeys(chosen or rows))
 
 
-def _count(row: Row, dataset: str) -> Tuple[int, int]:
-    """A network's parameters and multiply-adds; a UserError if there is no such network for CIFAR's images."""
+def _count(row: Row, dataset: str) -> Dict[str, int]:
+    """The columns of a network's size; a UserError if there is no such network for CIFAR's images."""
     try:
-        return flops.count(row.model, (3, SIZE, SIZE), num_classes=CLASSES[dataset], **row.kwargs)
+        counts = flops.count(row.model, (3, SIZE, SIZE), num_classes=CLASSES[dataset], **row.kwargs)
     except Exception as error:  # networks raise whatever they stumble over
         told = ' '.join(reason(error).split())
-        raise UserError(f"--models '{row}': timm makes no network of it for {SIZE}x{SIZE} images ({told})") from error
+        raise UserError(f"--models '{row}': is no network for {SIZE}x{SIZE} images ({told}); correct it") from error
+    return dict(zip(('parameters', 'multiply_adds'), counts))
 
 
 def _options(run: Run, recipe: Path) -> List[str]:
     """What train.py is given of a run."""
     amp = ['--amp', '--amp-dtype', 'bfloat16'] if run.recipe.get('amp') else []
     kwargs = ['--model-kwargs', *shlex.split(run.row.arguments)] if run.row.arguments else []
-    return ['--config', str(recipe), *amp, '--model', run.row.model, *kwargs, '--seed', str(run.seed)]
+    size = '--input-size 3 32 32 --crop-pct 1'.split()  # whatever the network was made for
+    return ['--config', str(recipe), *amp, '--model', run.row.model, *kwargs, '--seed', str(run.seed), *size]
 
 
 def _summary(folder: Path) -> List[Dict[str, str]]:
@@ -189,7 +191,7 @@ def main(args: argparse.Namespace) -> None:
     print(f'{len(runs) - len(todo)} of {len(runs)} runs were done before', flush=True)
     if not todo:
         return
-    figures = {row: _count(row, args.dataset) for row in dict.fromkeys(run.row for run in todo)}
+    counts = {row: _count(row, args.dataset) for row in dict.fromkeys(run.row for run in todo)}
 
     if gpu := device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)  # for streams
@@ -200,7 +202,6 @@ def main(args: argparse.Namespace) -> None:
     fast = gpu and not args.train_py and available()
     set_fused(fast)
     script = [os.path.abspath(args.train_py or ''), '--data-dir', os.path.abspath(args.data_dir)]
-    script += '--input-size 3 32 32 --crop-pct 1'.split()  # whatever the network was made for
     script += ['--device', args.device, *(['--torchcompile', 'inductor'] if args.compile else [])]
     script += [] if gpu else ['--workers', '0']  # a CPU has no time for processes that wait for it
     failed: List[str] = []
@@ -235,9 +236,8 @@ def main(args: argparse.Namespace) -> None:
                 with others_go_on(run):
                     if not images:
                         measured = train_by_script(run, claimed[run], script)
-                    parameters, multiply_adds = figures[run.row]
-                    facts = {**run.identity, 'parameters': parameters, 'multiply_adds': multiply_adds, **versions}
-                    add_result(results, {**facts, 'options': shlex.join(_options(run, path)), **measured})
+                    facts = {**run.identity, **counts[run.row], **versions, 'options': shlex.join(_options(run, path))}
+                    add_result(results, {**facts, **measured})
                     print(f'{run}: done, top-1 {measured["top1"]:.2f} %', flush=True)
     if failed:
         raise UserError(f'{len(failed)} of {number} runs are not done:\n' + '\n'.join(failed))

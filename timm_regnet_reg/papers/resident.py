@@ -65,7 +65,7 @@ def read_recipe(path) -> Dict[str, Any]:
             raise ValueError('it is no mapping of options to values')
     except (OSError, ValueError, yaml.YAMLError) as error:
         told = ' '.join(str(error).split())  # one line of it
-        raise UserError(f'{path}: cannot be read as a recipe ({told}); give a YAML file of train.py') from error
+        raise UserError(f'{path}: cannot be read as a recipe ({told}); give a YAML file of options') from error
     # YAML takes 5e-4 for text, of which train.py makes a number
     return {k: float(v) if re.fullmatch(r'[-+]?\d+\.?\d*[eE][-+]?\d+', str(v)) else v for k, v in recipe.items()}
 

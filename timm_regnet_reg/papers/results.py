@@ -92,10 +92,9 @@ class Run:
     def name(self) -> str:
         """Of the run's folder."""
         facts = self.identity
-        names = [facts[key] for key in ('dataset', 'schedule', 'engine', 'precision', 'model')]
-        if self.row.arguments:
-            names.append(re.sub(r'[^\w.,-]|,(?=\))', '', self.row.arguments.replace('regulated_stages', 'stage')))
-        return f'{"-".join(names)}-seed{self.seed}-{facts["settings"]}'
+        facts['arguments'] = re.sub(r'[^\w.,-]|,(?=\))', '', self.row.arguments.replace('regulated_stages', 'stage'))
+        names = (facts[key] for key in ('dataset', 'schedule', 'engine', 'precision', 'model', 'arguments'))
+        return f'{"-".join(filter(None, names))}-seed{self.seed}-{facts["settings"]}'
 
     def has_result(self, results: List[Result]) -> bool:
         return any(self.identity.items() <= result.items() for result in results)

@@ -22,9 +22,9 @@ def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
     try:
         model = timm.create_model(name, pretrained=True).eval()
     except Exception as error:  # timm, the Hub's client and the file formats each raise errors of their own
-        expected = 'a model of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER'
         if os.path.isfile(name.removeprefix('local-dir:')):
-            expected += ' (that is a file: `regnet-reg package` makes such a folder of a checkpoint)'
+            raise UserError(f'{name}: is a file; give local-dir:FOLDER, as `regnet-reg package` makes of a checkpoint')
+        expected = 'a model of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER'
         raise UserError(f'{name}: could not be loaded: {reason(error)}\nExpected {expected}.') from error
     if not getattr(model, 'num_classes', 0):
         raise UserError(f'{name}: has no classifier; choose a model that was trained to classify')
