@@ -34,15 +34,8 @@ SPARED = Row(ROWS[3].model, 'cell_weight_decay=False')
 
 
 def create_run(row=ROWS[0], dataset='cifar10', schedule='papers', seed=0, engine='resident', recipe=RECIPE, **images):
-    return Run(
-        row,
-        dataset,
-        schedule,
-        seed,
-        engine,
-        recipe,
-        {'train': 50000, 'validation': 5000, 'digest': '917b1db6', **images},
-    )
+    images = {'train': 50000, 'validation': 5000, 'digest': '917b1db6', **images}  # CIFAR-10's
+    return Run(row, dataset, schedule, seed, engine, recipe, images)
 
 
 def create_result(row, seed, top1, **more):
@@ -93,7 +86,7 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
     add_result(path, create_result(ROWS[3], 0, 92.5))
     for seed, top1 in (2, 93), (0, 91), (1, 92):
         add_result(path, create_result(ROWS[0], seed, top1, torch='2.1' if seed else '2.2'))
-    add_result(path, create_result(ROWS[0], 0, 90, engine='train.py'))
+    add_result(path, create_result(Row('resnet18', ''), 0, 90, engine='train.py'))
     add_result(path, create_result(ROWS[0], 3, 70, settings='2'))
     assert [result['seed'] for result in read_results(path)] == ['3', '0', '1', '2', '0', '0', '1', '0']
     with pytest.raises(ValueError, match='two rows'):
@@ -101,7 +94,7 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
     command = ['reproduce', '--report', '--results', str(path.parent)]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert [line for line in text.splitlines() if line.startswith(('| cifar', '| regnet', '- '))] == [
+    assert [line for line in text.splitlines() if line.startswith(('| cifar', '| re', '- '))] == [
         '| cifar_resnet20 | 0.272M | 40.8M | 30.00 | 1 | 1.000 | 8.38 |',
         '| cifar_resnet20 | 0.272M | 40.8M | 8.00 ± 1.00 | 3 | 1.000 | 8.38 |',
         '| regnet_reg_resnet20_convlstm | 0.272M | 40.8M | 7.50 | 1 | 1.000 | 7.28 |',
@@ -110,7 +103,7 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
         '- regnet_reg_resnet20_convlstm: -0.50 ± 4.97',
         '- regnet_reg_resnet20_convgru regulated_stages=(1,): -3.00 ± 4.97',
         '- regnet_reg_resnet20_convlstm cell_weight_decay=False: -2.00 ± 4.97',
-        '| cifar_resnet20 | 0.272M | 40.8M | 10.00 | 1 | 1.000 | 8.38 |',
+        '| resnet18 | 0.272M | 40.8M | 10.00 | 1 | 1.000 |  |',
     ]
     assert 'torch 1 and 2.1 and 2.2, python 1:' in text
     picture = path.with_suffix('.png').read_bytes()
@@ -148,11 +141,10 @@ def test_damaged_results_make_no_table(found, instead, message, tmp_path, capsys
 SCRIPT = """
 import json, pathlib, sys, timm_regnet_reg
 given = dict(zip(sys.argv, sys.argv[1:]))
-pathlib.Path('{recipe}').write_text('epochs: 5')  # the user's next idea
+pathlib.Path(sys.argv[0]).with_name('train_recipes').joinpath('cifar10.yaml').write_text('')  # edited meanwhile
 if given['--model'] == 'cifar_resnet20':
     sys.exit('out of disk')
 folder = pathlib.Path(given['--output'], given['--experiment'])
-(folder / 'config').write_text(pathlib.Path(given['--config']).read_text())
 (folder / 'given').write_text(json.dumps([sys.argv[1:], timm_regnet_reg.__file__]))
 loss = 'nan' if 'convrnn' in given['--model'] else 0.5
 with open(folder / 'summary.csv', 'a') as file:
@@ -164,9 +156,8 @@ with open(folder / 'summary.csv', 'a') as file:
 def clone(tmp_path, monkeypatch):
     """A clone of this project with a recipe of two epochs, a script in place of train.py, and 20 images."""
     (tmp_path / 'train_recipes').mkdir()
-    text = yaml.safe_dump(SHORT).replace('0.0001', '1e-4')  # which YAML takes for text
-    (tmp_path / 'train_recipes' / 'cifar10.yaml').write_text(text)
-    (tmp_path / 'train.py').write_text(SCRIPT.replace('{recipe}', f'{tmp_path}/train_recipes/cifar10.yaml'))
+    (tmp_path / 'train_recipes' / 'cifar10.yaml').write_text(yaml.safe_dump(SHORT).replace('0.0001', '1e-4'))
+    (tmp_path / 'train.py').write_text(SCRIPT)
     write_folder(tmp_path / 'data')
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -209,7 +200,7 @@ def test_a_run_is_trained_once_by_one_process_goes_on_and_can_be_packaged(clone,
         assert main(command) == 0
         card = Path(f'{model}.tiny', 'README.md').read_text()
         assert '2 of 2' in card and 'one of `regnet-reg reproduce`' in card and '| (3, 32, 32), bi' in card
-        assert 'instead of' not in card
+        assert '| Recipe | cifar10_own.yaml |' in card
 
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('no memory'), OSError(28, 'No space left'), UserError('nan')])
@@ -258,7 +249,7 @@ def test_a_gpu_alone_trains_eight_networks_at_once_compiled_and_fused(device, fa
         (['--data-dir', 'data', '--models', 'resnet18 cake=3'], "unexpected keyword argument 'cake'"),
         (['--data-dir', 'data', '--results', 'train.py'], 'cannot be written'),
         (['--data-dir', 'data', '--output', 'a' * 300], 'cannot be written'),
-        ('- a', 'it is no mapping'),
+        ('- a', 'is not a mapping'),
         ('a: [', 'cannot be read as a recipe'),
         ('epochs: 1e2', 'no whole number of epochs'),
         ('epochs: 1', 'no batch_size'),
@@ -292,7 +283,7 @@ def test_train_py_gets_the_run_and_another_seed_to_go_on_and_what_fails_is_told(
     args = parsers['train.py'].parse_args(given)
     assert package == timm_regnet_reg.__file__
     assert (args.model, args.model_kwargs, args.seed) == (run.row.model, run.row.kwargs, 2002)
-    assert yaml.safe_load((folder / 'config').read_text()) == SHORT and 'train_recipes/cifar10' in result['options']
+    assert yaml.safe_load(Path(args.config).read_text()) == SHORT and 'train_recipes/cifar10' in result['options']
     assert (args.resume, args.torchcompile) == (str(folder / 'last.pth.tar'), 'inductor')
 
 

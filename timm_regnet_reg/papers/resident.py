@@ -60,10 +60,8 @@ VALUES: Dict[str, List[Any]] = {
 def read_recipe(path) -> Dict[str, Any]:
     """The recipe in that file; a UserError if there is none, or it can't be read."""
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-        if not isinstance(recipe, dict):
-            raise ValueError('it is no mapping of options to values')
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        recipe = {**yaml.safe_load(Path(path).read_text(encoding='utf-8'))}
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         told = ' '.join(str(error).split())  # one line of it
         raise UserError(f'{path}: cannot be read as a recipe ({told}); give a YAML file of options') from error
     # YAML takes 5e-4 for text, of which train.py makes a number
@@ -121,16 +119,13 @@ def _read_pixels(path: str, size: int) -> np.ndarray:
 
 
 def find_splits(folder: str, dataset: str) -> Tuple[Dict[str, ImageFolder], Dict[str, Any]]:
-    """The images of both splits, in timm's order, and what they are known by; a UserError if they aren't CIFAR's.
-
-    That is how many they are, and a digest of classes, labels and, of each split, fifty to a hundred images.
-    """
+    """The images of both splits, in timm's order, and what they are known by; a UserError if they aren't CIFAR's."""
     found, known, digest = {}, {}, hashlib.sha256()
     for split, size in SIZES.items():
         found[split] = ImageFolder(Path(folder, split), {'input_size': (3, size, size)}, CLASSES[dataset])
         paths, labels = zip(*found[split].reader.samples)
         digest.update(repr([found[split].label_names, labels]).encode())
-        for path in paths[:: len(paths) // 100 + 1]:
+        for path in paths[:: len(paths) // 100 + 1]:  # a hundred tell most data apart
             digest.update(_read_pixels(path, size).tobytes())
         known[split] = len(paths)
     return found, {**known, 'digest': digest.hexdigest()[:8]}
