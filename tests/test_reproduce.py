@@ -283,6 +283,7 @@ def test_train_py_gets_the_run_and_another_seed_to_go_on_and_what_fails_is_told(
     args = parsers['train.py'].parse_args(given)
     assert package == timm_regnet_reg.__file__
     assert (args.model, args.model_kwargs, args.seed) == (run.row.model, run.row.kwargs, 2002)
+    assert (args.num_classes, args.input_size, args.crop_pct) == (10, [3, 32, 32], 1.0)  # also of an ImageNet model
     assert yaml.safe_load(Path(args.config).read_text()) == SHORT and 'train_recipes/cifar10' in result['options']
     assert (args.resume, args.torchcompile) == (str(folder / 'last.pth.tar'), 'inductor')
 

@@ -81,8 +81,8 @@ def _options(run: Run, recipe: Path) -> List[str]:
     """What train.py is given of a run."""
     amp = ['--amp', '--amp-dtype', 'bfloat16'] if run.recipe.get('amp') else []
     kwargs = ['--model-kwargs', *shlex.split(run.row.arguments)] if run.row.arguments else []
-    size = '--input-size 3 32 32 --crop-pct 1'.split()  # whatever the network was made for
-    return ['--config', str(recipe), *amp, '--model', run.row.model, *kwargs, '--seed', str(run.seed), *size]
+    data = f'--num-classes {CLASSES[run.dataset]} --input-size 3 {SIZE} {SIZE} --crop-pct 1'.split()
+    return ['--config', str(recipe), *amp, '--model', run.row.model, *kwargs, '--seed', str(run.seed), *data]
 
 
 def _summary(folder: Path) -> List[Dict[str, str]]:
@@ -101,15 +101,9 @@ def train_by_script(run: Run, folder: Path, script: List[str]) -> Dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log, recipe = folder / 'last.pth.tar', folder / 'log.txt', folder / 'recipe.yaml'
     recipe.write_text(yaml.safe_dump(run.recipe))  # as it was read: the file may have changed since
-    command = [
-        sys.executable,
-        '-m',
-        'timm_regnet_reg',
-        'run',
-        *script,
-        *_options(run, recipe),
-    ]  # a clone has a timm, too
-    command += ['--output', str(folder.parent), '--experiment', folder.name, '--checkpoint-hist', '1']
+    command = [sys.executable, '-m', 'timm_regnet_reg', 'run', *script]  # `run`, as a clone has a timm of its own
+    command += [*_options(run, recipe), '--output', str(folder.parent), '--experiment', folder.name]
+    command += ['--checkpoint-hist', '1']
     if resumed := checkpoint.exists():
         command += ['--resume', str(checkpoint), '--seed', str(run.seed + 1000 * len(_summary(folder)))]
     print(f'{run}: {"goes on" if resumed else "starts"}; see {log}', flush=True)

@@ -125,7 +125,7 @@ def find_splits(folder: str, dataset: str) -> Tuple[Dict[str, ImageFolder], Dict
         found[split] = ImageFolder(Path(folder, split), {'input_size': (3, size, size)}, CLASSES[dataset])
         paths, labels = zip(*found[split].reader.samples)
         digest.update(repr([found[split].label_names, labels]).encode())
-        for path in paths[:: len(paths) // 100 + 1]:  # a hundred tell most data apart
+        for path in paths[:: len(paths) // 100 + 1]:  # a hundred at most, as all would take long
             digest.update(_read_pixels(path, size).tobytes())
         known[split] = len(paths)
     return found, {**known, 'digest': digest.hexdigest()[:8]}
