@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @torch.inference_mode()
 def count(name: str, input_size: Tuple[int, ...] = (), **kwargs: Any) -> Tuple[int, int]:
-    """A model's parameters, and multiply-adds of its convolutions and matrix products on an image, of its own size or another.
+    """A model's parameters, and the multiply-adds of its convolutions and matrix products on one image (of its size).
 
     These are half of the operations that torch's counter counts, in the forward as it runs: the first block of a stage
     leaves out the state, which is zero there. On torch's device `meta`, where nothing has data.
