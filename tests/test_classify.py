@@ -161,6 +161,8 @@ def test_network_that_would_answer_at_random_is_refused(change, message, package
         (['{photo}', '--model', 'timm/resnet18.a1_in1k'], 'hf-hub:OWNER/NAME'),
         (['{photo}', '--model', 'regnet_reg_resnext50_2x40d_convlstm'], 'No pretrained weights exist'),
         (['{photo}', '--model', 'local-dir:no/such'], 'error: local-dir:no/such: could not be loaded'),
+        (['{photo}', '--model', '{photo}'], 'png: is a file; give local-dir:FOLDER'),
+        (['{photo}', '--model', 'local-dir:{photo}'], 'png: is a file; give local-dir:FOLDER'),
     ],
 )
 def test_what_cannot_be_had_is_told(args, told, photo, capsys):

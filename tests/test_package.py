@@ -201,7 +201,7 @@ def test_arguments_are_checked_before_the_work(package, no_scoring, tmp_path, mo
     [
         (lambda d: shutil.rmtree(d / 'validation'), 'no such folder'),
         (lambda d: [path.unlink() for path in d.rglob('*.png')], 'holds no images'),
-        (lambda d: shutil.rmtree(d / 'validation' / 'bee'), 'holds 2 classes (ant, cat, …), expected 3'),
+        (lambda d: shutil.rmtree(d / 'validation' / 'bee'), 'holds 2 classes (ant, cat), expected 3'),
         (lambda d: (d / 'validation/bee').rename(d / 'validation/eel'), 'missing: bee; added: eel'),
     ],
 )

@@ -24,16 +24,18 @@ from timm_regnet_reg.commands import reproduce
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.papers import results as papers_results
 from timm_regnet_reg.papers.resident import Network
-from timm_regnet_reg.papers.results import COLUMNS, ROWS, TABLES, Run, add_result, read_results, report
+from timm_regnet_reg.papers.results import COLUMNS, ROWS, TABLES, Row, Run, add_result, read_results, report
 from timm_regnet_reg.weights.files import locked
 
 RECIPE = load('cifar10')
 SHORT = {**RECIPE, 'epochs': 2, 'batch_size': 16}
 PUBLISHED = ROOT / 'train_recipes' / 'results' / 'cifar10.csv'
+SPARED = Row(ROWS[3].model, 'cell_weight_decay=False')
 
 
 def create_run(row=ROWS[0], dataset='cifar10', schedule='papers', seed=0, engine='resident', recipe=RECIPE, **images):
-    return Run(row, dataset, schedule, seed, engine, recipe, {'train': 50000, 'validation': 5000, **images})
+    images = {'train': 50000, 'validation': 5000, 'digest': '917b1db6', **images}  # CIFAR-10's
+    return Run(row, dataset, schedule, seed, engine, recipe, images)
 
 
 def create_result(row, seed, top1, **more):
@@ -45,9 +47,9 @@ def test_a_run_is_known_by_all_that_decides_its_result():
     run = create_run()
     same = create_run(recipe=yaml.safe_load(yaml.safe_dump(RECIPE)))  # without the comments
     assert run.has_result([same.identity]) and run.name == same.name
-    others = [create_run(row) for row in (ROWS[1], *TABLES['stages'][4:6], *TABLES['decay'])]
+    others = [create_run(row) for row in (ROWS[1], *TABLES['stages'][4:6], SPARED)]
     changes = dict(dataset='cifar100'), dict(schedule='short'), dict(seed=1), dict(engine='train.py'), dict(train=45000)
-    others += [create_run(**change) for change in (*changes, dict(validation=10000))]
+    others += [create_run(**change) for change in (*changes, dict(validation=10000), dict(digest='0'))]
     others += [create_run(recipe={**RECIPE, **change}) for change in (dict(amp=True), dict(momentum=0.8))]
     assert len({other.name for other in (run, *others)}) == 1 + len(others)
     assert not run.has_result([other.identity for other in others])
@@ -80,11 +82,11 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
     """91, 92 and 93 % are errors of 8 ± 1 %; the papers' are SPEC's. The interval is 4.3027 * sqrt(1 / 3 + 1)."""
     path = tmp_path / 'results' / 'cifar10.csv'
     add_result(path, create_result(TABLES['stages'][0], 0, 95))
-    add_result(path, create_result(TABLES['decay'][0], 1, 94))
+    add_result(path, create_result(SPARED, 1, 94))
     add_result(path, create_result(ROWS[3], 0, 92.5))
     for seed, top1 in (2, 93), (0, 91), (1, 92):
         add_result(path, create_result(ROWS[0], seed, top1, torch='2.1' if seed else '2.2'))
-    add_result(path, create_result(ROWS[0], 0, 90, engine='train.py'))
+    add_result(path, create_result(Row('resnet18', ''), 0, 90, engine='train.py'))
     add_result(path, create_result(ROWS[0], 3, 70, settings='2'))
     assert [result['seed'] for result in read_results(path)] == ['3', '0', '1', '2', '0', '0', '1', '0']
     with pytest.raises(ValueError, match='two rows'):
@@ -92,7 +94,7 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
     command = ['reproduce', '--report', '--results', str(path.parent)]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert [line for line in text.splitlines() if line.startswith(('| cifar', '| regnet', '- '))] == [
+    assert [line for line in text.splitlines() if line.startswith(('| cifar', '| re', '- '))] == [
         '| cifar_resnet20 | 0.272M | 40.8M | 30.00 | 1 | 1.000 | 8.38 |',
         '| cifar_resnet20 | 0.272M | 40.8M | 8.00 ± 1.00 | 3 | 1.000 | 8.38 |',
         '| regnet_reg_resnet20_convlstm | 0.272M | 40.8M | 7.50 | 1 | 1.000 | 7.28 |',
@@ -101,7 +103,7 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
         '- regnet_reg_resnet20_convlstm: -0.50 ± 4.97',
         '- regnet_reg_resnet20_convgru regulated_stages=(1,): -3.00 ± 4.97',
         '- regnet_reg_resnet20_convlstm cell_weight_decay=False: -2.00 ± 4.97',
-        '| cifar_resnet20 | 0.272M | 40.8M | 10.00 | 1 | 1.000 | 8.38 |',
+        '| resnet18 | 0.272M | 40.8M | 10.00 | 1 | 1.000 |  |',
     ]
     assert 'torch 1 and 2.1 and 2.2, python 1:' in text
     picture = path.with_suffix('.png').read_bytes()
@@ -119,7 +121,7 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
         ('90.5', '-5', 'cannot be'),
         ('0.25', 'inf', 'cannot be'),
         ('5000', '', 'invalid literal'),
-        ('cifar_resnet20', 'resnet50', 'no row of the tables'),
+        ('cifar10', 'cifar11', 'no data set'),
         ('model', 'name', 'has not the columns'),
         ('model', '\udcff', 'cannot be read'),
         (r'\n(.+)', r'\n\1\n\1', 'two rows'),
@@ -139,6 +141,7 @@ def test_damaged_results_make_no_table(found, instead, message, tmp_path, capsys
 SCRIPT = """
 import json, pathlib, sys, timm_regnet_reg
 given = dict(zip(sys.argv, sys.argv[1:]))
+pathlib.Path(sys.argv[0]).with_name('train_recipes').joinpath('cifar10.yaml').write_text('')  # edited meanwhile
 if given['--model'] == 'cifar_resnet20':
     sys.exit('out of disk')
 folder = pathlib.Path(given['--output'], given['--experiment'])
@@ -153,7 +156,7 @@ with open(folder / 'summary.csv', 'a') as file:
 def clone(tmp_path, monkeypatch):
     """A clone of this project with a recipe of two epochs, a script in place of train.py, and 20 images."""
     (tmp_path / 'train_recipes').mkdir()
-    (tmp_path / 'train_recipes' / 'cifar10.yaml').write_text(yaml.safe_dump(SHORT))
+    (tmp_path / 'train_recipes' / 'cifar10.yaml').write_text(yaml.safe_dump(SHORT).replace('0.0001', '1e-4'))
     (tmp_path / 'train.py').write_text(SCRIPT)
     write_folder(tmp_path / 'data')
     monkeypatch.chdir(tmp_path)
@@ -162,9 +165,11 @@ def clone(tmp_path, monkeypatch):
 
 def test_a_run_is_trained_once_by_one_process_goes_on_and_can_be_packaged(clone, capsys, monkeypatch):
     command = ['reproduce', '--data-dir', 'data', '--results', 'results']
-    rows = ['cifar_resnet20', 'regnet_reg_resnet20_convlstm regulated_stages=(3,)']
-    command += ['--table', 'resnet20', 'stages', '--models', *rows, '--seeds', '0', '0']
-    taken, step = create_run(recipe=SHORT, train=20, validation=10), Network.step
+    rows = ['cifar_resnet20', f'{ROWS[3]} regulated_stages=(3,)', 'resnet10t drop_rate=.1 stem_width=8']
+    command += ['--schedule', 'own', '--models', *rows, '--seeds', '0', '0']
+    Path('train_recipes/cifar10.yaml').rename('train_recipes/cifar10_own.yaml')
+    images, step = reproduce.resident.find_splits('data', 'cifar10')[1], Network.step
+    taken = create_run(schedule='own', recipe=SHORT, **images)
 
     def killed(network):
         if network.done == 1:
@@ -176,24 +181,26 @@ def test_a_run_is_trained_once_by_one_process_goes_on_and_can_be_packaged(clone,
             patch.setattr(reproduce.resident, 'SAVE_SECONDS', 0)
             patch.setattr(Network, 'step', killed)
             assert main(command) == 130
-        assert main(command) == 1
-    captured = capsys.readouterr()
-    assert '1 of 2 runs are not done' in captured.err and 'in use by another process' in captured.err
-    assert f'{rows[1]}, seed 0: goes on after update 1' in captured.out
+        assert main(command) == 0
+    out = capsys.readouterr().out
+    assert f'{rows[0]}, seed 0: another process has it' in out and f'{rows[1]}, seed 0: goes on after update 1' in out
     assert main(command) == 0
-    assert '1 of 2 runs were done before' in capsys.readouterr().out
+    assert '2 of 3 runs were done before' in capsys.readouterr().out
     known = read_results(Path('results', 'cifar10.csv'))
-    assert [(result['model'], result['arguments']) for result in known] == [(rows[0], ''), tuple(rows[1].split())]
+    assert [f'{result["model"]} {result["arguments"]}'.strip() for result in known] == rows
+    assert known[2]['parameters'] == '4876696' and '| resnet10t drop' in report(known)
     assert known[0]['parameters'] == '272474' and known[0]['images'] == '10' and known[0]['torch'] == torch.__version__
-    assert known[1]['options'].startswith('--config train_recipes/cifar10.yaml --model regnet_reg_resnet20_convlstm')
-    assert main(command) == 0 and '2 of 2 runs were done before' in capsys.readouterr().out
+    assert known[1]['options'].startswith(f'--config train_recipes/cifar10_own.yaml --model {ROWS[3]}')
+    assert main(command) == 0 and '3 of 3 runs were done before' in capsys.readouterr().out
 
-    checkpoint = next(Path('runs').glob('*-stage3-*/last.pth.tar'))
-    command = ['package', str(checkpoint), '--model', rows[1].split()[0], '--tag', 'tiny', '--workers', '0']
-    command += ['--data-dir', 'data', '--data-name', 'noise', '--recipe', 'train_recipes/cifar10.yaml']
-    assert main(command) == 0
-    card = Path(f'{rows[1].split()[0]}.tiny', 'README.md').read_text()
-    assert '2 of 2' in card and 'one of `regnet-reg reproduce`' in card
+    for model, name in zip((row.split()[0] for row in rows[1:]), ('*-stage3-*', '*-drop_rate.1stem_width8-*')):
+        checkpoint = next(Path('runs').glob(f'{name}/last.pth.tar'))
+        command = ['package', str(checkpoint), '--model', model, '--tag', 'tiny', '--workers', '0']
+        command += ['--data-dir', 'data', '--data-name', 'noise', '--recipe', 'train_recipes/cifar10_own.yaml']
+        assert main(command) == 0
+        card = Path(f'{model}.tiny', 'README.md').read_text()
+        assert '2 of 2' in card and 'one of `regnet-reg reproduce`' in card and '| (3, 32, 32), bi' in card
+        assert '| Recipe | cifar10_own.yaml |' in card
 
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('no memory'), OSError(28, 'No space left'), UserError('nan')])
@@ -233,16 +240,18 @@ def test_a_gpu_alone_trains_eight_networks_at_once_compiled_and_fused(device, fa
     'more, message',
     [
         (['--data-dir', 'nowhere'], 'no such folder'),
-        (['nowhere.py', '--data-dir', 'data'], 'expected train.py'),
-        (['train.py', '--data-dir', 'data', '--minutes', '1'], 'no --minutes'),
+        (['nowhere.py', '--data-dir', 'data'], 'nowhere.py: no such file'),
+        (['train.py', '--data-dir', 'data', '--minutes', '1'], '--minutes is only'),
         (['--data-dir', 'data', '--compile'], 'only for TRAIN_PY'),
-        (['--data-dir', 'data', '--schedule', 'strong'], 'No such file'),
+        (['--data-dir', 'data', '--schedule', 'own'], 'has papers of cifar10'),
         (['--data-dir', 'data', '--device', 'gpu'], '--device gpu'),
-        (['--data-dir', 'data', '--models', 'resnet18'], 'not in --table'),
+        (['--data-dir', 'data', '--models', 'resnet_of_mine'], 'Unknown model (resnet_of_mine)'),
+        (['--data-dir', 'data', '--models', 'resnet18 cake=3'], "unexpected keyword argument 'cake'"),
         (['--data-dir', 'data', '--results', 'train.py'], 'cannot be written'),
         (['--data-dir', 'data', '--output', 'a' * 300], 'cannot be written'),
-        ('- a', 'is no recipe'),
-        ('a: [', 'is no recipe'),
+        ('- a', 'is not a mapping'),
+        ('a: [', 'cannot be read as a recipe'),
+        ('epochs: 1e2', 'no whole number of epochs'),
         ('epochs: 1', 'no batch_size'),
     ],
 )
@@ -258,11 +267,12 @@ def test_what_is_missing_is_told_before_training(more, message, clone, capsys, m
 
 def test_train_py_gets_the_run_and_another_seed_to_go_on_and_what_fails_is_told(clone, capsys, parsers):  # noqa: F811
     """train.py's random numbers begin at the seed whenever it starts: after a stop they must be others."""
-    run = create_run(TABLES['stages'][3], seed=2, engine='train.py', recipe=SHORT, train=20, validation=10)
+    images = reproduce.resident.find_splits('data', 'cifar10')[1]
+    run = create_run(TABLES['stages'][3], seed=2, engine='train.py', recipe=SHORT, **images)
     folder = clone / 'runs' / run.name
     folder.mkdir(parents=True)
     (folder / 'last.pth.tar').write_text('of the first epoch')
-    (folder / 'summary.csv').write_text('epoch,train_loss,eval_top1,eval_top5\n0,2.0,30,80\n1,1.4')
+    (folder / 'summary.csv').write_text('epoch,train_loss,eval_top1,eval_top5\n0,2.0,30,80\nepoch,train_loss\n1,1.4')
     command = 'reproduce train.py --data-dir data --results results --seeds 2 --table resnet20 stages --models'.split()
     assert main([*command, 'cifar_resnet20', 'regnet_reg_resnet20_convrnn', str(run.row), '--compile']) == 1
     error = capsys.readouterr().err
@@ -272,7 +282,9 @@ def test_train_py_gets_the_run_and_another_seed_to_go_on_and_what_fails_is_told(
     given, package = json.loads((folder / 'given').read_text())
     args = parsers['train.py'].parse_args(given)
     assert package == timm_regnet_reg.__file__
-    assert (args.model, args.model_kwargs) == (run.row.model, run.row.kwargs) and args.seed % 1000 == 2 < args.seed
+    assert (args.model, args.model_kwargs, args.seed) == (run.row.model, run.row.kwargs, 2002)
+    assert (args.num_classes, args.input_size, args.crop_pct) == (10, [3, 32, 32], 1.0)  # also of an ImageNet model
+    assert yaml.safe_load(Path(args.config).read_text()) == SHORT and 'train_recipes/cifar10' in result['options']
     assert (args.resume, args.torchcompile) == (str(folder / 'last.pth.tar'), 'inductor')
 
 

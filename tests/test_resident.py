@@ -19,9 +19,9 @@ from timm_regnet_reg.cells import ConvLSTM
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.papers import resident
 from timm_regnet_reg.papers.resident import Images, Network
-from timm_regnet_reg.papers.results import ROWS, TABLES, Run
+from timm_regnet_reg.papers.results import ROWS, Row, Run
 
-PLAIN, LSTM, SPARED = ROWS[0], ROWS[3], TABLES['decay'][0]
+PLAIN, LSTM, SPARED = ROWS[0], ROWS[3], Row(ROWS[3].model, 'cell_weight_decay=False')
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
 
 
@@ -156,7 +156,7 @@ def write_folder(path, train=2, test=1, classes=10):
 
 
 def read_images(path, dataset='cifar10'):
-    return resident.read_images(resident.find_splits(str(path), dataset), torch.device('cpu'))
+    return resident.read_images(resident.find_splits(str(path), dataset)[0], torch.device('cpu'))
 
 
 def train(runs, attempt=nullcontext, version='2', stop=math.inf):
@@ -262,10 +262,20 @@ def test_images_are_those_of_the_folder_in_the_order_of_its_classes(tmp_path):
     images = read_images(tmp_path)
     assert images.train.shape == (20, 40, 40, 3) and images.test_labels.tolist() == [*range(10)]
     assert np.array_equal(images.train[3], Image.open(tmp_path / 'train' / 'class1' / '1.png'))
-    Image.new('RGB', (32, 32)).save(tmp_path / 'train' / 'class9' / '1.png')
+    last, known = tmp_path / 'train' / 'class8' / '1.png', []
+    for change in (
+        lambda: None,
+        lambda: Image.new('RGB', (40, 40)).save(last),
+        lambda: last.rename(tmp_path / 'train' / 'class7' / '9.png'),
+        lambda: (tmp_path / 'train' / 'class9').rename(tmp_path / 'train' / 'cow'),
+    ):
+        change()
+        known.append(resident.find_splits(str(tmp_path), 'cifar10')[1])
+    assert len({told.pop('digest') for told in known}) == 4 and known == 4 * [{'train': 20, 'validation': 10}]
+    Image.new('RGB', (32, 32)).save(last)
     with pytest.raises(UserError, match='1.png: is 32x32, expected 40x40'):
         read_images(tmp_path)
-    (tmp_path / 'train' / 'class9' / '1.png').write_bytes(b'')
+    last.write_bytes(b'')
     with pytest.raises(UserError, match='1.png: cannot be read'):
         read_images(tmp_path)
 

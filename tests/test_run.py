@@ -88,6 +88,7 @@ def test_wrong_usage_exits_with_2(args, in_process, capsys):
     assert exit_code(in_process, *args) == 2
     error = capsys.readouterr().err
     assert 'usage: regnet-reg' in error and (args[1:] != ('no.py',) or "SCRIPT: there is no file 'no.py'" in error)
+    assert args != ('run',) or error.endswith('required: SCRIPT\n')
 
 
 # the frame alone, without the seconds that torch and timm take to import

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import MODEL
+from matplotlib.axes import Axes
 from PIL import Image
 
 from timm_regnet_reg.__main__ import main
@@ -79,7 +80,8 @@ def test_values_are_those_of_the_papers_formulas(name, size):
 
 
 def test_means_over_neighbours_are_printed_and_all_values_drawn(run, packaged, image_folder, tmp_path, monkeypatch):
-    models, results = (PLAIN, f'local-dir:{packaged}'), []
+    models, results, titles = (PLAIN, f'local-dir:{packaged}', f'local-dir:{packaged}/'), [], []
+    monkeypatch.setattr(Axes, 'set_title', lambda axes, text, **_: titles.append(text.split('\n')[0]))
     monkeypatch.setattr(command, 'similarity', lambda *args: results.append(similarity(*args)) or results[-1])
     code, out, _ = run('--images', 9, models=models)
     assert code == 0
@@ -92,7 +94,7 @@ def test_means_over_neighbours_are_printed_and_all_values_drawn(run, packaged, i
             means = [sum(stages, []), *stages]
             expected.append(f'| {model} | {" | ".join(f"{sum(mean) / len(mean):.3f}" for mean in means)} |')
         expected.append('')
-    assert out.splitlines() == expected[:-1]
+    assert out.splitlines() == expected[:-1] and titles == 2 * [*models]
     with Image.open(tmp_path / 'new' / 'folder' / 'similarity.png') as image:
         assert min(image.size) > 500 and len(image.convert('RGB').getcolors(2**24)) > 100
 

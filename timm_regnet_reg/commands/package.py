@@ -24,6 +24,7 @@ from timm.utils import load_checkpoint_metadata
 from ..arguments import add_data, add_device, count, positive, words
 from ..blocks import split_fusions
 from ..errors import UserError, reason
+from ..papers.resident import read_recipe
 from ..pretrained import check_weights
 from ..weights.folder import check_replaceable, save_folder
 from ..weights.inference import try_image
@@ -53,11 +54,7 @@ def _read_checkpoint(path: str, use_ema: bool) -> Tuple[Dict[str, torch.Tensor],
 
 def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tuple[str, str]:
     """The recipe's name with what the run changed in it, and Markdown that says how to run it again."""
-    try:
-        recipe = dict(yaml.safe_load(Path(path).read_text(encoding='utf-8')))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f'{path}: cannot be read as a recipe; give the YAML file that train.py ran with: {error}')
-    name = Path(path).name
+    recipe, name = read_recipe(path), Path(path).name
     # what options of their own say is not said twice
     arguments = {k: v for k, v in get_model_args(model).items() if k not in ('num_classes', 'in_chans', 'global_pool')}
     architecture, given = model.pretrained_cfg['architecture'], str(train_args.get('model'))

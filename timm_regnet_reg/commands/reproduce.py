@@ -7,9 +7,10 @@
     regnet-reg reproduce --report
 
 Start this in a clone of this project, where train_recipes/ is. Tables: resnet20 (the plain network and three cells),
-seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage), depth (32 and 56 layers), and one that
-the papers don't have, decay (a ConvLSTM that weight decay spares). A schedule is a recipe of train_recipes/: papers
-{dataset}.yaml (164 epochs), short and strong cifar10_{schedule}.yaml (30 and 200).
+seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage) and depth (32 and 56 layers). --models
+takes others of timm's, too: resnet18, or 'regnet_reg_resnet20_convlstm cell_weight_decay=False'. A schedule is a recipe
+in train_recipes/: papers {dataset}.yaml (164 epochs), others {dataset}_{schedule}.yaml, as short and strong (30 and
+200, of cifar10), or your own.
 
 A GPU trains eight networks at once, each update a CUDA graph, compiled and with fused steps (given Triton and compute
 capability 8.0). A CPU trains one: start the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs
@@ -44,11 +45,11 @@ import yaml
 
 from .. import __version__
 from ..arguments import add_device, count, positive
-from ..errors import UserError, reason
+from ..errors import InUse, UserError, reason
 from ..fused import available, set_fused
 from ..papers import flops, output, resident
-from ..papers.cifar import CLASSES
-from ..papers.results import TABLES, Row, Run, add_result, draw, read_results, report
+from ..papers.cifar import CLASSES, SIZE
+from ..papers.results import TABLES, Row, Run, add_result, draw, find_row, read_results, report
 from ..weights.files import check_writable, locked
 from ..weights.scoring import check_device
 
@@ -58,49 +59,51 @@ AT_ONCE = 8  # networks on a GPU
 TROUBLE = (UserError, OSError, ValueError, csv.Error, MemoryError, torch.OutOfMemoryError)
 
 
-def read_recipe(path: Path) -> Dict[str, Any]:
-    """The recipe in that file; a UserError if there is none, or it can't be read."""
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
-        if not isinstance(recipe, dict) or not isinstance(recipe.get('epochs'), int):
-            raise ValueError('it gives no number of epochs')
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        told = ' '.join(str(error).split())  # one line of it
-        raise UserError(f'{path}: is no recipe ({told}); start this in a clone, with a schedule that it has') from error
-    return recipe
-
-
 def _choose(tables: List[str], models: Optional[List[str]]) -> List[Row]:
-    rows = list(dict.fromkeys(row for table in tables for row in TABLES[table]))
-    known = {name for row in rows for name in (row.model, str(row))}
-    if unknown := [model for model in models or [] if model not in known]:
-        raise UserError(f'--models {" ".join(unknown)}: not in --table, which has {", ".join(sorted(known))}')
-    return [row for row in rows if not models or {row.model, str(row)} & {*models}]
+    rows = [row for table in tables for row in TABLES[table]]
+    chosen: List[Row] = []
+    for name in models or []:
+        chosen += [row for row in rows if name in (row.model, str(row))] or [find_row(*name.partition(' ')[::2])]
+    return list(dict.fromkeys(chosen or rows))
+
+
+def _count(row: Row, dataset: str) -> Dict[str, int]:
+    """The columns of a network's size; a UserError if there is no such network for CIFAR's images."""
+    try:
+        counts = flops.count(row.model, (3, SIZE, SIZE), num_classes=CLASSES[dataset], **row.kwargs)
+    except Exception as error:  # networks raise whatever they stumble over
+        told = ' '.join(reason(error).split())
+        raise UserError(f"--models '{row}': is no network for {SIZE}x{SIZE} images ({told}); correct it") from error
+    return dict(zip(('parameters', 'multiply_adds'), counts))
 
 
 def _options(run: Run, recipe: Path) -> List[str]:
     """What train.py is given of a run."""
     amp = ['--amp', '--amp-dtype', 'bfloat16'] if run.recipe.get('amp') else []
-    kwargs = ['--model-kwargs', run.row.arguments] if run.row.arguments else []
-    return ['--config', str(recipe), *amp, '--model', run.row.model, *kwargs, '--seed', str(run.seed)]
+    kwargs = ['--model-kwargs', *shlex.split(run.row.arguments)] if run.row.arguments else []
+    data = f'--num-classes {CLASSES[run.dataset]} --input-size 3 {SIZE} {SIZE} --crop-pct 1'.split()
+    return ['--config', str(recipe), *amp, '--model', run.row.model, *kwargs, '--seed', str(run.seed), *data]
 
 
 def _summary(folder: Path) -> List[Dict[str, str]]:
-    """What train.py wrote of the epochs."""
+    """What train.py wrote of the epochs; when it goes on, it writes another header."""
     path = folder / 'summary.csv'
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    lines = csv.DictReader(path.read_text().splitlines()) if path.exists() else []
+    return [line for line in lines if line['epoch'].isdecimal()]
 
 
-def train_by_script(run: Run, folder: Path, options: List[str]) -> Dict[str, Any]:
+def train_by_script(run: Run, folder: Path, script: List[str]) -> Dict[str, Any]:
     """Train a run by train.py, from the start or after its last checkpoint, and give columns of its row.
 
-    `options` are the path of train.py, the run's options, and others that are no part of the run. A UserError if
-    train.py fails, or the training diverged.
+    `script` is the path of train.py and options that are no part of the run. A UserError if train.py fails, or the
+    training diverged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = folder / 'last.pth.tar', folder / 'log.txt'
-    command = [sys.executable, '-m', 'timm_regnet_reg', 'run', *options]  # `run`, as a clone has a timm of its own
-    command += ['--output', str(folder.parent), '--experiment', folder.name, '--checkpoint-hist', '1']
+    checkpoint, log, recipe = folder / 'last.pth.tar', folder / 'log.txt', folder / 'recipe.yaml'
+    recipe.write_text(yaml.safe_dump(run.recipe))  # as it was read: the file may have changed since
+    command = [sys.executable, '-m', 'timm_regnet_reg', 'run', *script]  # `run`, as a clone has a timm of its own
+    command += [*_options(run, recipe), '--output', str(folder.parent), '--experiment', folder.name]
+    command += ['--checkpoint-hist', '1']
     if resumed := checkpoint.exists():
         command += ['--resume', str(checkpoint), '--seed', str(run.seed + 1000 * len(_summary(folder)))]
     print(f'{run}: {"goes on" if resumed else "starts"}; see {log}', flush=True)
@@ -125,9 +128,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data-dir', metavar='DIR', help='the folder that `regnet-reg cifar` wrote')
     parser.add_argument('--dataset', choices=[*CLASSES], default='cifar10', help='default: cifar10')
     parser.add_argument('--table', nargs='+', choices=[*TABLES], default=['resnet20'], help='default: resnet20')
-    parser.add_argument('--models', nargs='+', metavar='MODEL', help="only these; a row is 'MODEL ARGUMENTS'")
+    parser.add_argument('--models', nargs='+', metavar='MODEL', help="of --table, or of timm: 'MODEL ARGUMENTS'")
     parser.add_argument('--seeds', nargs='+', type=count, default=[0], metavar='N', help='default: 0')
-    parser.add_argument('--schedule', choices=['papers', 'short', 'strong'], default='papers', help='default: papers')
+    parser.add_argument('--schedule', default='papers', metavar='NAME', help='of a recipe (default: %(default)s)')
     parser.add_argument('--amp', action='store_true', help='train in bfloat16 (autocast) instead of float32')
     parser.add_argument('--compile', action='store_true', help='compile the networks (only with TRAIN_PY)')
     add_device(parser)
@@ -152,19 +155,27 @@ def main(args: argparse.Namespace) -> None:
     stop = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
     if not args.data_dir:
         raise UserError('--data-dir is needed to train; --report alone needs none')
-    if args.train_py and (args.minutes or not os.path.isfile(args.train_py)):
-        raise UserError(f'{args.train_py}: expected train.py of a clone of timm, and no --minutes, which it ignores')
+    if args.train_py and not os.path.isfile(args.train_py):
+        raise UserError(f'{args.train_py}: no such file; expected the path of train.py in a clone of timm')
+    if args.train_py and args.minutes:
+        raise UserError('--minutes is only for training without TRAIN_PY, which knows no such limit; leave it out')
     if args.compile and not args.train_py:
         raise UserError('--compile is only for TRAIN_PY; leave it out: a GPU compiles by itself where it can')
-    path = Path('train_recipes', args.dataset + ('' if args.schedule == 'papers' else f'_{args.schedule}') + '.yaml')
-    recipe = read_recipe(path)
+    paths = [path for path in sorted(Path('train_recipes').glob('*.yaml')) if path.stem.split('_')[0] == args.dataset]
+    schedules = {path.stem.partition('_')[2] or 'papers': path for path in paths}
+    if args.schedule not in schedules:
+        told = f'train_recipes/ here has {", ".join(schedules) or "none"} of {args.dataset}'
+        raise UserError(f'--schedule {args.schedule}: {told}; start this in a clone, with a schedule that it has')
+    recipe = resident.read_recipe(path := schedules[args.schedule])
+    if not isinstance(recipe.get('epochs'), int):
+        raise UserError(f'{path}: gives no whole number of epochs; add it')
     if args.amp:
         recipe.update(amp=True, amp_dtype='bfloat16')
     if not args.train_py:
         resident.check_recipe(recipe)
     device = check_device(args.device)
-    found = resident.find_splits(args.data_dir, args.dataset)
-    alike = 'train.py' if args.train_py else 'resident', recipe, {split: len(images) for split, images in found.items()}
+    found, known_by = resident.find_splits(args.data_dir, args.dataset)
+    alike = 'train.py' if args.train_py else 'resident', recipe, known_by
     rows = _choose(args.table, args.models)
     runs = [Run(row, args.dataset, args.schedule, seed, *alike) for seed in dict.fromkeys(args.seeds) for row in rows]
     check_writable(args.output, folder=True)
@@ -174,6 +185,7 @@ def main(args: argparse.Namespace) -> None:
     print(f'{len(runs) - len(todo)} of {len(runs)} runs were done before', flush=True)
     if not todo:
         return
+    counts = {row: _count(row, args.dataset) for row in dict.fromkeys(run.row for run in todo)}
 
     if gpu := device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)  # for streams
@@ -204,9 +216,12 @@ def main(args: argparse.Namespace) -> None:
             for run in group:
                 folder = Path(args.output, run.name).absolute()
                 with others_go_on(run):
-                    claims.enter_context(locked(folder, seconds=0))
-                    if not run.has_result(read_results(results)):  # which another process may have added
-                        claimed[run] = folder
+                    try:
+                        claims.enter_context(locked(folder, seconds=0))
+                        if not run.has_result(read_results(results)):  # which another process may have added
+                            claimed[run] = folder
+                    except InUse:
+                        print(f'{run}: another process has it', flush=True)
             if images:
                 trained = resident.train(claimed, images, versions, others_go_on, stop, compiled=fast)
             else:
@@ -214,11 +229,9 @@ def main(args: argparse.Namespace) -> None:
             for run, measured in trained:
                 with others_go_on(run):
                     if not images:
-                        measured = train_by_script(run, claimed[run], [*script, *_options(run, path.absolute())])
-                    kwargs = {'num_classes': CLASSES[args.dataset], **run.row.kwargs}
-                    parameters, multiply_adds = flops.count(run.row.model, **kwargs)
-                    facts = {**run.identity, 'parameters': parameters, 'multiply_adds': multiply_adds, **versions}
-                    add_result(results, {**facts, 'options': shlex.join(_options(run, path)), **measured})
+                        measured = train_by_script(run, claimed[run], script)
+                    facts = {**run.identity, **counts[run.row], **versions, 'options': shlex.join(_options(run, path))}
+                    add_result(results, {**facts, **measured})
                     print(f'{run}: done, top-1 {measured["top1"]:.2f} %', flush=True)
     if failed:
         raise UserError(f'{len(failed)} of {number} runs are not done:\n' + '\n'.join(failed))

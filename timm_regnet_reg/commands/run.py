@@ -29,7 +29,7 @@ def _script(text: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('script', type=_script, metavar='SCRIPT', help='path of the script')
     # for the help text: what follows the script never reaches argparse
-    parser.add_argument('args', metavar='ARGS', nargs='*', help='arguments of the script')
+    parser.add_argument('args', metavar='ARGS', nargs='*', default=[], help='arguments of the script')
 
 
 def main(args: argparse.Namespace) -> None:

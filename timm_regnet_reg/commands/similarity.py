@@ -140,7 +140,8 @@ def _plot(path: Path, results: Dict[str, Similarity]) -> None:
         for axes, (name, result) in zip(row, results.items()):
             values, blocks = result.values[measure].numpy(), result.blocks
             image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis')
-            axes.set_title(f'{Path(name).name}\n{measure}, neighbours {result.neighbours(measure):.3f}', fontsize=10)
+            label = name if [Path(n).name for n in results].count(Path(name).name) > 1 else Path(name).name
+            axes.set_title(f'{label}\n{measure}, neighbours {result.neighbours(measure):.3f}', fontsize=10)
             axes.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=8)
             axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
             for (i, j), value in np.ndenumerate(values):

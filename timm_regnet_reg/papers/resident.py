@@ -8,8 +8,10 @@ the run's seed and the epoch alone, so that a run goes on exactly where it was s
 
 import argparse
 import copy
+import hashlib
 import io
 import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 import numpy as np
 import timm
 import torch
+import yaml
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -27,8 +30,8 @@ from torch import Tensor, nn
 from ..errors import UserError, reason
 from ..weights.files import replacing
 from ..weights.scoring import ImageFolder, read_image
-from .cifar import CLASSES, SIZES
-from .results import ROWS, Run
+from .cifar import CLASSES, SIZE, SIZES
+from .results import Run
 
 SAVE_SECONDS = 30
 
@@ -52,6 +55,17 @@ VALUES: Dict[str, List[Any]] = {
     'smoothing': [0.0],
     'amp_dtype': ['bfloat16'],
 }
+
+
+def read_recipe(path) -> Dict[str, Any]:
+    """The recipe in that file; a UserError if there is none, or it can't be read."""
+    try:
+        recipe = {**yaml.safe_load(Path(path).read_text(encoding='utf-8'))}
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        told = ' '.join(str(error).split())  # one line of it
+        raise UserError(f'{path}: cannot be read as a recipe ({told}); give a YAML file of options') from error
+    # YAML takes 5e-4 for text, of which train.py makes a number
+    return {k: float(v) if re.fullmatch(r'[-+]?\d+\.?\d*[eE][-+]?\d+', str(v)) else v for k, v in recipe.items()}
 
 
 def check_recipe(recipe: Dict[str, Any]) -> None:
@@ -104,13 +118,17 @@ def _read_pixels(path: str, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def find_splits(folder: str, dataset: str) -> Dict[str, ImageFolder]:
-    """The images of both splits, in timm's order; a UserError if they aren't CIFAR's."""
-    found = {}
+def find_splits(folder: str, dataset: str) -> Tuple[Dict[str, ImageFolder], Dict[str, Any]]:
+    """The images of both splits, in timm's order, and what they are known by; a UserError if they aren't CIFAR's."""
+    found, known, digest = {}, {}, hashlib.sha256()
     for split, size in SIZES.items():
         found[split] = ImageFolder(Path(folder, split), {'input_size': (3, size, size)}, CLASSES[dataset])
-        _read_pixels(found[split].reader.samples[0][0], size)
-    return found
+        paths, labels = zip(*found[split].reader.samples)
+        digest.update(repr([found[split].label_names, labels]).encode())
+        for path in paths[:: len(paths) // 100 + 1]:  # a hundred at most, as all would take long
+            digest.update(_read_pixels(path, size).tobytes())
+        known[split] = len(paths)
+    return found, {**known, 'digest': digest.hexdigest()[:8]}
 
 
 def read_images(found: Dict[str, ImageFolder], device: torch.device) -> Images:
@@ -174,7 +192,7 @@ class Network:
         self.amp = bool(self.recipe.get('amp'))
         self.loss_function = _loss
         if compiled:
-            torch._dynamo.config.recompile_limit = len(ROWS)  # a compilation for each kind
+            torch._dynamo.config.recompile_limit = 256  # a compilation for each kind
             self.loss_function = torch.compile(_loss, fullgraph=True)
 
         self.parameters = list(self.model.parameters())
@@ -280,6 +298,7 @@ class Network:
         run, args = self.run, _options(self.recipe)
         args.model, args.model_kwargs = run.row.model, run.row.kwargs
         args.seed, args.num_classes = run.seed, CLASSES[run.dataset]
+        args.input_size, args.crop_pct = [3, SIZE, SIZE], 1.0  # whatever the network was made for
         epoch = self.done // self.updates_per_epoch - 1  # the last complete one, counted from 0
         checkpoint = {**self._state(), 'epoch': epoch, 'arch': run.row.model, 'args': args}
         file = io.BytesIO()  # torch's own writer makes a RuntimeError of a full disk

@@ -1,17 +1,19 @@
 """The rows of the papers' CIFAR tables, runs of them, the CSV files of what was trained, and what these tell."""
 
-import ast
+import argparse
 import csv
 import hashlib
 import json
 import math
 import re
+import shlex
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import numpy as np
+from timm.utils import ParseKwargs
 
 from ..errors import UserError
 from ..weights.files import locked, replacing
@@ -22,17 +24,18 @@ Result = Dict[str, str]  # a row of a CSV file
 
 
 class Row(NamedTuple):
-    """A row of the tables: a model, its argument as --model-kwargs takes it, and the papers' errors in %, if any."""
+    """A row of a table: a model, its arguments as --model-kwargs takes them, and the papers' errors in %, if any."""
 
     model: str
     arguments: str
-    cifar10: str
-    cifar100: str
+    cifar10: str = ''
+    cifar100: str = ''
 
     @property
     def kwargs(self) -> Dict[str, Any]:
-        name, _, value = self.arguments.partition('=')
-        return {name: ast.literal_eval(value)} if name else {}
+        parsed = argparse.Namespace()
+        ParseKwargs([], 'kwargs')(argparse.ArgumentParser(), parsed, shlex.split(self.arguments))
+        return parsed.kwargs
 
     def __str__(self) -> str:
         return f'{self.model} {self.arguments}'.strip()
@@ -55,6 +58,11 @@ TITLE = (
 )
 
 
+def find_row(model: str, arguments: str) -> Row:
+    """The row of the tables or, of a network that is in none, one without papers' errors."""
+    return ROWS[PLACES[model, arguments]] if (model, arguments) in PLACES else Row(model, arguments)
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One training of a row, by all that decides its result."""
@@ -65,7 +73,7 @@ class Run:
     seed: int  # of the weights, the order of the images and their views
     engine: str  # 'resident' or 'train.py'
     recipe: Dict[str, Any]  # its options, and those of the precision
-    images: Dict[str, int]  # how many are in train/ and validation/
+    images: Dict[str, Any]  # how many are in train/ and validation/, and their digest
 
     def __str__(self) -> str:
         return f'{self.row}, seed {self.seed}'
@@ -84,10 +92,9 @@ class Run:
     def name(self) -> str:
         """Of the run's folder."""
         facts = self.identity
-        names = [facts[key] for key in ('dataset', 'schedule', 'engine', 'precision', 'model')]
-        if self.row.arguments:
-            names.append(re.sub(r'\W', '', self.row.arguments.replace('regulated_stages', 'stage')))
-        return f'{"-".join(names)}-seed{self.seed}-{facts["settings"]}'
+        facts['arguments'] = re.sub(r'[^\w.,-]|,(?=\))', '', self.row.arguments.replace('regulated_stages', 'stage'))
+        names = (facts[key] for key in ('dataset', 'schedule', 'engine', 'precision', 'model', 'arguments'))
+        return f'{"-".join(filter(None, names))}-seed{self.seed}-{facts["settings"]}'
 
     def has_result(self, results: List[Result]) -> bool:
         return any(self.identity.items() <= result.items() for result in results)
@@ -98,8 +105,8 @@ def _check(results: List[Result]) -> None:
     for line, result in enumerate(results, start=2):
         if {*result} != {*COLUMNS} or None in result.values():
             raise ValueError(f'line {line} has not the columns {", ".join(COLUMNS)}')
-        if (result['model'], result['arguments']) not in PLACES or result['dataset'] not in CLASSES:
-            raise ValueError(f'line {line} is of no row of the tables')
+        if result['dataset'] not in CLASSES:
+            raise ValueError(f'line {line} is of no data set that is known here')
         whole = [int(result[key]) for key in ('seed', 'images', 'parameters', 'multiply_adds')]
         figures = [*whole, float(result['top1']), 100 - float(result['top1']), float(result['train_loss'])]
         if not all(0 <= figure < math.inf for figure in figures):
@@ -127,7 +134,8 @@ def add_result(path: Path, result: Dict[str, Any]) -> None:
     with locked(path, seconds=60):
         results = [*read_results(path), {key: str(value) for key, value in result.items()}]
         _check(results)
-        results.sort(key=lambda r: (*(r[key] for key in ALIKE), PLACES[r['model'], r['arguments']], int(r['seed'])))
+        results.sort(key=lambda r: (r['model'], r['arguments'], int(r['seed'])))
+        results.sort(key=lambda r: (*(r[key] for key in ALIKE), PLACES.get((r['model'], r['arguments']), len(ROWS))))
         with replacing(path) as new, open(new, 'w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
             writer.writeheader()
@@ -139,7 +147,7 @@ def _groups(results: List[Result]) -> Dict[str, Dict[Row, List[Result]]]:
     groups: Dict[str, Dict[Row, List[Result]]] = {}
     for result in results:
         texts = {**result, 'dataset': result['dataset'].replace('cifar', 'CIFAR-'), 'images': int(result['images'])}
-        row = ROWS[PLACES[result['model'], result['arguments']]]
+        row = find_row(result['model'], result['arguments'])
         groups.setdefault(TITLE.format(**texts), {}).setdefault(row, []).append(result)
     return groups
 
@@ -165,10 +173,10 @@ def _differences(rows: Dict[Row, List[Result]]) -> List[str]:
     if not freedom:
         return []
     deviation = math.sqrt(sum((len(runs) - 1) * _error(runs)[1] ** 2 for runs in rows.values()) / freedom)
-    plain_runs = {row.model: runs for row, runs in rows.items()}
+    plain_runs = {row.model: runs for row, runs in rows.items() if not row.arguments}
     lines = []
     for row, runs in rows.items():
-        if plain := plain_runs.get(f'cifar_{row.model.split("_")[-2]}'):
+        if plain := plain_runs.get(f'cifar_{row.model.removeprefix("regnet_reg_").rpartition("_")[0]}'):
             interval = _student(freedom) * deviation * math.sqrt(1 / len(runs) + 1 / len(plain))
             lines.append(f'- {row}: {_error(runs)[0] - _error(plain)[0]:+.2f} ± {interval:.2f}')
     title = f"Error minus the plain network's, 95 % interval over seeds (Student's t, deviation {deviation:.2f}):"
@@ -202,8 +210,8 @@ def draw(results: List[Result], path: Path) -> None:
     figure = Figure(figsize=(6 * len(groups), 4.5), layout='constrained')
     for axes, (title, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items()):
         for row, runs in rows.items():
-            plain = row.model.startswith('cifar_')
-            backbone, cell = (row.model.split('_')[-1], 'plain') if plain else row.model.split('_')[-2:]
+            regulated = re.match('regnet_reg_(.+)_(conv[a-z]+)', row.model)
+            backbone, cell = regulated.groups() if regulated else (row.model.removeprefix('cifar_'), 'plain')
             color = f'C{["plain", "convrnn", "convgru", "convlstm"].index(cell)}'
             label = cell if cell not in axes.get_legend_handles_labels()[1] else None
             (mean, deviation), millions = _error(runs), int(runs[0]['parameters']) / 1e6

@@ -9,7 +9,7 @@ from typing import Iterator
 from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
-from ..errors import UserError
+from ..errors import InUse, UserError
 
 
 def check_writable(path, folder: bool = False) -> None:
@@ -55,7 +55,7 @@ def replacing(path, folder: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def locked(path, seconds: float) -> Iterator[None]:
-    """Holds the lock of a file or folder, a file `.{name}.lock` beside it; a UserError if others do for these seconds.
+    """Holds the lock of a file or folder, a file `.{name}.lock` beside it; `InUse` if others do for these seconds.
 
     Where the system has no locks, the file's existence is the lock, which may have to be removed by hand after a crash.
     """
@@ -71,7 +71,7 @@ def locked(path, seconds: float) -> Iterator[None]:
             place = target.with_name(f'.{target.name}.softlock')
             lock = SoftFileLock(place).acquire(seconds)
     except Timeout as error:
-        raise UserError(
+        raise InUse(
             f'{path}: is in use by another process; wait for it, or stop it (if there is none, remove {place})'
         ) from error
     except OSError as error:

@@ -87,8 +87,9 @@ class ImageFolder(ImageDataset):
             raise UserError(f'{root}: holds no images; expected {root}/<class>/<image>. {error}') from error
         self.label_names = [*self.reader.class_to_idx]  # in the order of their numbers
         if len(self.label_names) != num_classes:
-            told = f'{len(self.label_names)} classes ({", ".join(self.label_names[:4])}, …)'
-            raise UserError(f'{root}: holds {told}, expected {num_classes}; give the data of those classes')
+            told = ', '.join([*self.label_names[:4], '…'][: len(self.label_names)])
+            told = f'{len(self.label_names)} classes ({told}), expected {num_classes}'
+            raise UserError(f'{root}: holds {told}; give the data of those classes')
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, label = self.reader.samples[index]
