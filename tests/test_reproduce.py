@@ -243,16 +243,23 @@ def test_a_gpu_alone_trains_eight_networks_at_once_compiled_and_fused(device, fa
         (['nowhere.py', '--data-dir', 'data'], 'nowhere.py: no such file'),
         (['train.py', '--data-dir', 'data', '--minutes', '1'], '--minutes is only'),
         (['--data-dir', 'data', '--compile'], 'only for TRAIN_PY'),
-        (['--data-dir', 'data', '--schedule', 'own'], 'has papers of cifar10'),
+        (
+            ['--data-dir', 'data', '--schedule', 'own'],
+            'cifar10_own.yaml: no such recipe; start this in a clone, with a schedule that it has (here: cifar10.yaml)',
+        ),
         (['--data-dir', 'data', '--device', 'gpu'], '--device gpu'),
-        (['--data-dir', 'data', '--models', 'resnet_of_mine'], 'Unknown model (resnet_of_mine)'),
+        (['--data-dir', 'data', '--models', 'resnet_of_mine'], 'has no such name'),
         (['--data-dir', 'data', '--models', 'resnet18 cake=3'], "unexpected keyword argument 'cake'"),
         (['--data-dir', 'data', '--results', 'train.py'], 'cannot be written'),
         (['--data-dir', 'data', '--output', 'a' * 300], 'cannot be written'),
         ('- a', 'is not a mapping'),
         ('a: [', 'cannot be read as a recipe'),
-        ('epochs: 1e2', 'no whole number of epochs'),
-        ('epochs: 1', 'no batch_size'),
+        ('epochs: 1e2', 'no whole number for epochs and batch_size'),
+        ('{epochs: 1, batch_size: 16}', 'no opt'),
+        (
+            ['--data-dir', 'data', '--models', *(f'{ROWS[3]} regulated_stages={x}' for x in ('[1,2]', '(1,2)'))],
+            'two ways',
+        ),
     ],
 )
 def test_what_is_missing_is_told_before_training(more, message, clone, capsys, monkeypatch):

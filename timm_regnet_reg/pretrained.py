@@ -99,8 +99,8 @@ def prepare_checkpoint(state_dict: Dict[str, Any], model: RegulatedResNet, stric
     """What timm is to load: filtered, checked, and with the regulators that a backbone's weights lack.
 
     A UserError as of `check_weights`, as timm lets keys pass where it adapts the classifier, or if the network has
-    layers that can't start with a backbone's weights. If not `strict`, weights may be missing or unexpected, and the
-    regulators, too.
+    layers that can't start with a backbone's weights. If not `strict`, weights may be missing or unexpected, and
+    regulators that are missing change nothing, either.
     """
     split_fusions(state_dict := dict(state_dict))
     cfg = model.pretrained_cfg
@@ -114,6 +114,7 @@ def prepare_checkpoint(state_dict: Dict[str, Any], model: RegulatedResNet, stric
 
     try:
         if is_plain and not warm_start and any(_is_added(key) for key in model.state_dict()):
+            check_weights(state_dict, model, lambda key: is_optional(key) or _is_added(key))  # others than plain ones
             told = "a plain network's; pretrained_strict=False adds regulators that leave its outputs as they are"
             raise UserError(f'They are {told}.')
         for name, stage in model.named_children() if warm_start and strict else ():
@@ -122,12 +123,13 @@ def prepare_checkpoint(state_dict: Dict[str, Any], model: RegulatedResNet, stric
         check_weights(state_dict, model, is_optional)
     except (UserError, TypeError) as error:  # a TypeError timm would take for a filter's without the argument `model`
         raise UserError(f'The weights of {cfg["architecture"]} could not be loaded. {error}') from error
-    if warm_start:  # with regulators that change nothing in a network with these batch norms
+    if warm_start or not strict:  # with regulators that change nothing in a network with these batch norms
         model.load_state_dict({key: value for key, value in state_dict.items() if '.bn' in key}, strict=False)
         for stage in model.stages():
             if isinstance(stage, RegulatedStage):
                 stage.start_at_identity()
-        state_dict.update({key: value for key, value in model.state_dict().items() if _is_added(key)})
+        added = {key: value for key, value in model.state_dict().items() if _is_added(key)}
+        state_dict = {**added, **state_dict}
     return state_dict
 
 

@@ -44,7 +44,7 @@ def check_layers(name: str, stage: nn.Module) -> None:
         for bn in (block.bn1, block.bn2):
             if not can_undo_itself(bn):
                 told = f'{name} of the given network has normalisation {type(bn).__name__}'
-                expected = 'a batch norm with weights to train and running statistics; freeze layers afterwards'
+                expected = 'a batch norm with trainable weights and running statistics. Freeze layers after regulating'
                 raise TypeError(f'{told}, not {expected}. {_ACCEPTED}')
 
 

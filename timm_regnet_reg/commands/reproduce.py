@@ -9,17 +9,17 @@
 Start this in a clone of this project, where train_recipes/ is. Tables: resnet20 (the plain network and three cells),
 seresnet20 (the same with Squeeze-and-Excitation), stages (one regulated stage) and depth (32 and 56 layers). --models
 takes others of timm's, too: resnet18, or 'regnet_reg_resnet20_convlstm cell_weight_decay=False'. A schedule is a recipe
-in train_recipes/: papers {dataset}.yaml (164 epochs), others {dataset}_{schedule}.yaml, as short and strong (30 and
-200, of cifar10), or your own.
+in train_recipes/: papers is {dataset}.yaml (164 epochs), any other NAME is {dataset}_NAME.yaml. For cifar10 there are
+short (30 epochs) and strong (200); add your own.
 
 A GPU trains eight networks at once, each update a CUDA graph, compiled and with fused steps (given Triton and compute
 capability 8.0). A CPU trains one: start the command twice on two cores, with OMP_NUM_THREADS=1, and each takes the runs
 that the other doesn't have. With TRAIN_PY, train.py's path in a clone of timm, that script trains instead.
 
-Stop it whenever you like and start it again: what is done is skipped, and what was begun goes on: exactly where it was
-saved, every 30 seconds, on another device too; with train.py after its last complete epoch, and with another seed, as
-its random numbers start anew (end a train.py whose command was killed by force before you start again). Checkpoints,
-which `regnet-reg package` takes, are in --output.
+Stop it whenever you like and start it again: what is done is skipped, and what was begun goes on. It does exactly where
+it was saved, every 30 seconds, on another device too (but for the random numbers of dropout and the like); with
+train.py after its last complete epoch, and with another seed, as its random numbers start anew (end a train.py whose
+command was killed by force before you start again). Checkpoints, which `regnet-reg package` takes, are in --output.
 
 A run adds a row to {dataset}.csv in --results: accuracy of the last epoch, not the best, on all images of validation/,
 in the precision it trains in. --report prints its errors, mean and standard deviation over seeds, beside the papers',
@@ -56,24 +56,26 @@ from ..weights.scoring import check_device
 AT_ONCE = 8  # networks on a GPU
 
 # what may be the matter with one run, its folder and its files; other runs go on
-TROUBLE = (UserError, OSError, ValueError, csv.Error, MemoryError, torch.OutOfMemoryError)
+TROUBLE = (UserError, OSError, ValueError, csv.Error, MemoryError, RuntimeError)  # the last one of torch
 
 
 def _choose(tables: List[str], models: Optional[List[str]]) -> List[Row]:
     rows = [row for table in tables for row in TABLES[table]]
     chosen: List[Row] = []
-    for name in models or []:
+    for name in (' '.join(model.split()) for model in models or []):
         chosen += [row for row in rows if name in (row.model, str(row))] or [find_row(*name.partition(' ')[::2])]
     return list(dict.fromkeys(chosen or rows))
 
 
 def _count(row: Row, dataset: str) -> Dict[str, int]:
-    """The columns of a network's size; a UserError if there is no such network for CIFAR's images."""
+    """The columns of a network's size; a UserError if timm has no such network for CIFAR's images."""
     try:
+        if not timm.is_model(row.model):  # nor local-dir:FOLDER, where another network may lie the next time
+            raise ValueError('timm.list_models() has no such name')
         counts = flops.count(row.model, (3, SIZE, SIZE), num_classes=CLASSES[dataset], **row.kwargs)
     except Exception as error:  # networks raise whatever they stumble over
         told = ' '.join(reason(error).split())
-        raise UserError(f"--models '{row}': is no network for {SIZE}x{SIZE} images ({told}); correct it") from error
+        raise UserError(f"--models '{row}': can't be made for {SIZE}x{SIZE} images: {told}; correct it") from error
     return dict(zip(('parameters', 'multiply_adds'), counts))
 
 
@@ -128,9 +130,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data-dir', metavar='DIR', help='the folder that `regnet-reg cifar` wrote')
     parser.add_argument('--dataset', choices=[*CLASSES], default='cifar10', help='default: cifar10')
     parser.add_argument('--table', nargs='+', choices=[*TABLES], default=['resnet20'], help='default: resnet20')
-    parser.add_argument('--models', nargs='+', metavar='MODEL', help="of --table, or of timm: 'MODEL ARGUMENTS'")
+    parser.add_argument(
+        '--models', nargs='+', metavar='MODEL', help="only these: rows of --table, or 'MODEL ARGUMENTS' of timm"
+    )
     parser.add_argument('--seeds', nargs='+', type=count, default=[0], metavar='N', help='default: 0')
-    parser.add_argument('--schedule', default='papers', metavar='NAME', help='of a recipe (default: %(default)s)')
+    parser.add_argument('--schedule', default='papers', metavar='NAME', help='name of a recipe (default: %(default)s)')
     parser.add_argument('--amp', action='store_true', help='train in bfloat16 (autocast) instead of float32')
     parser.add_argument('--compile', action='store_true', help='compile the networks (only with TRAIN_PY)')
     add_device(parser)
@@ -161,14 +165,13 @@ def main(args: argparse.Namespace) -> None:
         raise UserError('--minutes is only for training without TRAIN_PY, which knows no such limit; leave it out')
     if args.compile and not args.train_py:
         raise UserError('--compile is only for TRAIN_PY; leave it out: a GPU compiles by itself where it can')
-    paths = [path for path in sorted(Path('train_recipes').glob('*.yaml')) if path.stem.split('_')[0] == args.dataset]
-    schedules = {path.stem.partition('_')[2] or 'papers': path for path in paths}
-    if args.schedule not in schedules:
-        told = f'train_recipes/ here has {", ".join(schedules) or "none"} of {args.dataset}'
-        raise UserError(f'--schedule {args.schedule}: {told}; start this in a clone, with a schedule that it has')
-    recipe = resident.read_recipe(path := schedules[args.schedule])
-    if not isinstance(recipe.get('epochs'), int):
-        raise UserError(f'{path}: gives no whole number of epochs; add it')
+    path = Path('train_recipes', args.dataset + ('' if args.schedule == 'papers' else f'_{args.schedule}') + '.yaml')
+    if not path.exists():
+        told = ', '.join(sorted(path.name for path in path.parent.glob('*.yaml'))) or 'none'
+        raise UserError(f'{path}: no such recipe; start this in a clone, with a schedule that it has (here: {told})')
+    recipe = resident.read_recipe(path)
+    if wrong := [key for key in ('epochs', 'batch_size') if type(recipe.get(key)) is not int]:
+        raise UserError(f'{path}: gives no whole number for {" and ".join(wrong)}; correct it')
     if args.amp:
         recipe.update(amp=True, amp_dtype='bfloat16')
     if not args.train_py:
@@ -178,6 +181,8 @@ def main(args: argparse.Namespace) -> None:
     alike = 'train.py' if args.train_py else 'resident', recipe, known_by
     rows = _choose(args.table, args.models)
     runs = [Run(row, args.dataset, args.schedule, seed, *alike) for seed in dict.fromkeys(args.seeds) for row in rows]
+    if len({run.name for run in runs}) < len(runs):
+        raise UserError('two of --models are one network, written in two ways; give one of them')
     check_writable(args.output, folder=True)
     check_writable(results)
     known = read_results(results)

@@ -3,7 +3,8 @@
 A recipe of `train_recipes/` is read as timm's train.py reads it: timm's own functions make the network, the optimizer
 and the schedule of it, and what this engine doesn't do is refused by name. An update is views, forward, backward and
 SGD; on a GPU all of it is one CUDA graph, with a stream for each network. An epoch's order, crops and flips follow from
-the run's seed and the epoch alone, so that a run goes on exactly where it was saved, on another device too.
+the run's seed and the epoch alone, so that a run goes on exactly where it was saved, on another device too, if its
+network draws no random numbers of its own.
 """
 
 import argparse

@@ -210,8 +210,9 @@ def draw(results: List[Result], path: Path) -> None:
     figure = Figure(figsize=(6 * len(groups), 4.5), layout='constrained')
     for axes, (title, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items()):
         for row, runs in rows.items():
-            regulated = re.match('regnet_reg_(.+)_(conv[a-z]+)', row.model)
-            backbone, cell = regulated.groups() if regulated else (row.model.removeprefix('cifar_'), 'plain')
+            regulated = re.match('regnet_reg_(.+)_(convrnn|convgru|convlstm)', row.model)
+            cell = row.kwargs.get('cell', 'convlstm') if row.model == 'regnet_reg' else 'plain'
+            backbone, cell = regulated.groups() if regulated else (row.model.removeprefix('cifar_'), cell)
             color = f'C{["plain", "convrnn", "convgru", "convlstm"].index(cell)}'
             label = cell if cell not in axes.get_legend_handles_labels()[1] else None
             (mean, deviation), millions = _error(runs), int(runs[0]['parameters']) / 1e6

@@ -23,7 +23,8 @@ def load_model(name: str, device: str = 'cpu') -> torch.nn.Module:
         model = timm.create_model(name, pretrained=True).eval()
     except Exception as error:  # timm, the Hub's client and the file formats each raise errors of their own
         if os.path.isfile(name.removeprefix('local-dir:')):
-            raise UserError(f'{name}: is a file; give local-dir:FOLDER, as `regnet-reg package` makes of a checkpoint')
+            told = f'{name}: is a file; give local-dir:FOLDER, as `regnet-reg package` makes of a checkpoint'
+            raise UserError(told) from error
         expected = 'a model of timm.list_pretrained(), hf-hub:OWNER/NAME or local-dir:FOLDER'
         raise UserError(f'{name}: could not be loaded: {reason(error)}\nExpected {expected}.') from error
     if not getattr(model, 'num_classes', 0):
