@@ -47,7 +47,7 @@ def test_multiply_adds_of_a_regulator_are_those_of_its_convolutions(cell, first_
 
 
 def test_readme_shows_the_table_as_printed(monkeypatch, capsys):
-    """With the figures of three rows; .ci/run compares all of them, which takes a minute."""
+    """With the figures of three rows; .ci/run compares all of them, which takes a while."""
     shown = README.read_text(encoding='utf-8').partition('<!-- regnet-reg table -->\n')[2].partition('<!-- end')[0]
     rows = {line.split(' | ')[0].removeprefix('| '): line for line in shown.splitlines()[2:]}
     for backbone in ('resnet18', 'resnet20', 'seresnet20'):

@@ -6,6 +6,7 @@ A Markdown table, the one in README: a row for every backbone, plain and with ea
 """
 
 import argparse
+from concurrent.futures import ProcessPoolExecutor
 
 import timm
 from tqdm import tqdm
@@ -31,5 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     columns = ['backbone', 'input', 'plain', *(cell.__name__ for cell in CELLS.values())]
-    rows = [row(backbone) for backbone in tqdm([*BACKBONES, *CIFAR_BACKBONES], unit='backbone', leave=False)]
+    backbones = [*BACKBONES, *CIFAR_BACKBONES]
+    with ProcessPoolExecutor() as pool:
+        rows = [*tqdm(pool.map(row, backbones), total=len(backbones), unit='backbone', leave=False)]
     print(*output.header(columns, texts=2), *rows, sep='\n')
