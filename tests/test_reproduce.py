@@ -16,7 +16,7 @@ import yaml
 from conftest import full_disk
 from PIL import Image
 from test_recipes import ROOT, load, parsers, train_script  # noqa: F401, two fixtures
-from test_resident import write_folder
+from test_resident import SPARED, write_folder
 
 import timm_regnet_reg
 from timm_regnet_reg.__main__ import main
@@ -30,7 +30,6 @@ from timm_regnet_reg.weights.files import locked
 RECIPE = load('cifar10')
 SHORT = {**RECIPE, 'epochs': 2, 'batch_size': 16}
 PUBLISHED = ROOT / 'train_recipes' / 'results' / 'cifar10.csv'
-SPARED = Row(ROWS[3].model, 'cell_weight_decay=False')
 
 
 def create_run(row=ROWS[0], dataset='cifar10', schedule='papers', seed=0, engine='resident', recipe=RECIPE, **images):

@@ -185,6 +185,11 @@ class CifarRegulatedResNet(RegulatedResNet):
             output_stride=min(4 * output_stride, 32),  # timm counts a stem of stride 4, and this one has stride 1
             **kwargs,
         )
+        self.layer4 = nn.Sequential()  # empty, so that everything of timm's ResNet works
+        stem, *stages = self.feature_info
+        stem['reduction'] = 1
+        for info in stages:
+            info['reduction'] //= 4
 
     def _set_stem(self) -> None:
         """Before there are regulators: a seed gives plain and regulated networks the same backbone."""
@@ -192,11 +197,6 @@ class CifarRegulatedResNet(RegulatedResNet):
         self.conv1 = nn.Conv2d(self.in_chans, 16, 3, padding=1, bias=False, device=weight.device, dtype=weight.dtype)
         nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
         self.maxpool = nn.Identity()
-        self.layer4 = nn.Sequential()  # empty, so that everything of timm's ResNet works
-        stem, *stages = self.feature_info
-        stem['reduction'] = 1
-        for info in stages:
-            info['reduction'] //= 4
 
     def forward_intermediates(
         self, x: torch.Tensor, indices: Optional[Union[int, List[int]]] = None, *args: Any, **kwargs: Any

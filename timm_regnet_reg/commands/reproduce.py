@@ -56,7 +56,7 @@ from ..weights.scoring import check_device
 AT_ONCE = 8  # networks on a GPU
 
 # what may be the matter with one run, its folder and its files; other runs go on
-TROUBLE = (UserError, OSError, ValueError, csv.Error, MemoryError, RuntimeError)  # the last one of torch
+TROUBLE = (RuntimeError, OSError, ValueError, csv.Error, MemoryError)  # UserErrors and torch's are RuntimeErrors
 
 
 def _choose(tables: List[str], models: Optional[List[str]]) -> List[Row]:

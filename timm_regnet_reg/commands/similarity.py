@@ -136,11 +136,12 @@ def _plot(path: Path, results: Dict[str, Similarity]) -> None:
     side = max(4.0, 0.42 * max(len(result.blocks) for result in results.values()))
     figure = Figure(figsize=(side * len(results) + 1, 2 * side + 1), layout='constrained')
     grid = figure.subplots(2, len(results), squeeze=False)
+    last_parts = [Path(name).name for name in results]
+    labels = [part if last_parts.count(part) == 1 else name for name, part in zip(results, last_parts)]
     for row, measure in zip(grid, (CKA, COSINE)):
-        for axes, (name, result) in zip(row, results.items()):
+        for axes, label, result in zip(row, labels, results.values()):
             values, blocks = result.values[measure].numpy(), result.blocks
             image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis')
-            label = name if [Path(n).name for n in results].count(Path(name).name) > 1 else Path(name).name
             axes.set_title(f'{label}\n{measure}, neighbours {result.neighbours(measure):.3f}', fontsize=10)
             axes.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=8)
             axes.set_yticks(range(len(blocks)), blocks, fontsize=8)

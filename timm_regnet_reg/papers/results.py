@@ -92,6 +92,7 @@ class Run:
     def name(self) -> str:
         """Of the run's folder."""
         facts = self.identity
+        # 'stage(3,)' becomes 'stage3'; '.', ',' and '-' stay, by which numbers differ
         facts['arguments'] = re.sub(r'[^\w.,-]|,(?=\))', '', self.row.arguments.replace('regulated_stages', 'stage'))
         names = (facts[key] for key in ('dataset', 'schedule', 'engine', 'precision', 'model', 'arguments'))
         return f'{"-".join(filter(None, names))}-seed{self.seed}-{facts["settings"]}'
@@ -129,13 +130,18 @@ def read_results(path: Path) -> List[Result]:
     return results
 
 
+def _order(result: Result) -> Tuple[Any, ...]:
+    """By what a table has in common, in it as in the papers' tables, then networks that are in none, then by seed."""
+    row = result['model'], result['arguments']
+    return (*(result[key] for key in ALIKE), PLACES.get(row, len(ROWS)), *row, int(result['seed']))
+
+
 def add_result(path: Path, result: Dict[str, Any]) -> None:
     """Adds a row, in the order of tables and seeds; a ValueError if the run has one. Other processes may add theirs."""
     with locked(path, seconds=60):
         results = [*read_results(path), {key: str(value) for key, value in result.items()}]
         _check(results)
-        results.sort(key=lambda r: (r['model'], r['arguments'], int(r['seed'])))
-        results.sort(key=lambda r: (*(r[key] for key in ALIKE), PLACES.get((r['model'], r['arguments']), len(ROWS))))
+        results.sort(key=_order)
         with replacing(path) as new, open(new, 'w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
             writer.writeheader()
