@@ -319,6 +319,20 @@ def test_run_that_started_from_packaged_weights(package, tmp_path):
     assert_packaged(tmp_path, tuned, source=f'{MODEL}.cifar10')
 
 
+def test_license_is_that_of_the_weights_that_training_started_from(package, tmp_path, hub):
+    model, start = 'regnet_reg_resnet18_convgru', 'regnet_reg_resnet18_convgru.warm_fb_swsl_ig1b_ft_in1k'
+    change = run_of(start, timm.create_model(model, num_classes=3), input_size=[3, 32, 32], pretrained=True)
+    for flags, license in (([], 'cc-by-nc-4.0'), (['--license', 'mit'], 'mit')):
+        assert package(*flags, change=change, model=model)[0] == 0
+        folder = check_folder(tmp_path / f'out/{model}.tiny')
+        assert folder.card.data.license == folder.config['pretrained_cfg']['license'] == license
+        assert f'| License of the weights | {license} |' in folder.card.text
+    gone = run_of('hf-hub:owner/gone', timm.create_model(MODEL, num_classes=3), pretrained=True)
+    code, err = package(change=gone)
+    assert code == 1 and 'hf-hub:owner/gone have no license that timm knows; give one by --license' in err
+    assert package('--license', 'mit', change=gone)[0] == 0
+
+
 @pytest.mark.parametrize('source', ['local-dir:/no/such/my-network', 'hf-hub:owner/my-network', f'{MODEL}.no_more'])
 @pytest.mark.parametrize('stages', [[1], [1, 2, 3]])
 def test_where_the_source_is_gone_the_weights_decide(package, tmp_path, hub, source, stages):

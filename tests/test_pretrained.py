@@ -109,6 +109,12 @@ def test_a_backbone_that_is_not_registered_is_refused(backbone):
         timm.create_model('regnet_reg', backbone=backbone)
 
 
+@pytest.mark.parametrize('tag', ['', '.cifar10_stage3'])
+def test_weights_that_are_regulated_already_are_no_backbone(tag):
+    with pytest.raises(ValueError, match=f'{MODEL}{tag}.* of a regulated network: a plain network is expected'):
+        timm.create_model('regnet_reg', backbone=f'{MODEL}{tag}', pretrained=True)
+
+
 def test_warm_start_of_a_d_variant(hub, tmp_path):
     """Its stem is a Sequential, so that the channels of `conv1.0` are what in_chans adapts. One block a stage."""
     small = dict(layers=(1, 1, 1, 1))
@@ -207,15 +213,14 @@ def test_warm_start_refuses_another_network(hub, resnet18, kwargs, key):
 
 
 def test_warm_start_has_timms_own_config():
-    """Everything but what it is called; `description` says what it is."""
+    """Everything but what it is called."""
     names = [name for name in timm.list_pretrained('regnet_reg_*') if '.warm_' in name]
     assert len(names) > 200
     for name in names:
         arch, tag = name.split('.warm_')
         cfg, theirs = get_pretrained_cfg(name), get_pretrained_cfg(f'{backbone_of(arch)}.{tag}')
         assert (cfg.architecture, cfg.tag) == (arch, f'warm_{tag}')
-        assert 'untrained regulators' in cfg.description and f'{backbone_of(arch)}.{tag}' in cfg.description
-        renamed = dict(architecture=None, tag=None, description=None)
+        renamed = dict(architecture=None, tag=None)
         assert dataclasses.replace(cfg, **renamed) == dataclasses.replace(theirs, **renamed)
         assert cfg.hf_hub_id.split('/')[0] == 'timm' and cfg.file is None and cfg.source is None
 
@@ -308,6 +313,21 @@ def test_overlay_of_trained_weights_with_another_repository_or_file(trained, fol
     assert not torch.equal(trained.ema(x), trained.model(x))
     for overlay in (dict(hf_hub_id='owner/ema'), dict(file=str(tmp_path / 'ema/model.safetensors'))):
         assert torch.equal(load_registered(folder, pretrained_cfg_overlay=overlay)(x), trained.ema(x))
+
+
+def test_label_names_are_of_the_packaged_weights_and_of_no_others(tmp_path):
+    """Ten is the form's own number of classes, so that timm saves what names there are."""
+    own = timm.create_model('cifar_resnet20')
+    weights = {'state_dict': {key: value.clone() for key, value in own.state_dict().items()}}
+    for model in (
+        own,
+        timm.create_model('cifar_resnet20', pretrained=True, pretrained_cfg_overlay=weights),
+        timm.create_model('regnet_reg', backbone='cifar_resnet20'),
+        timm.create_model('cifar_resnet20', pretrained_cfg=timm.get_pretrained_cfg('cifar_resnet20').to_dict()),
+    ):
+        assert 'label_names' not in json.loads(files_of(model, tmp_path / 'saved')['config.json'])
+    for kwargs in (dict(pretrained=True), dict(pretrained_cfg_overlay={'label_names': list('abcdefghij')})):
+        assert len(timm.create_model('cifar_resnet20', **kwargs).pretrained_cfg['label_names']) == 10
 
 
 INSTALLED = f"""

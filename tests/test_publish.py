@@ -1,9 +1,9 @@
 """`publish`, and loading what was published, with the real huggingface_hub client against a local Hub."""
 
+import hashlib
 import shutil
 
 import pytest
-import timm
 import torch
 
 from timm_regnet_reg.__main__ import main
@@ -23,15 +23,21 @@ def publish(packaged, capsys):
     return run
 
 
-def sent(folder):
-    return {name: (folder / name).read_bytes() for name in FILES}
+def sent(folder, repo_id='owner/tiny'):
+    """A folder's files as they are sent: the card says where it is then, and the config has the card's hash."""
+    files = {name: (folder / name).read_bytes() for name in FILES}
+    card = files['README.md'].replace(f'local-dir:{folder.name}'.encode(), f'hf-hub:{repo_id}'.encode())
+    digests = (hashlib.sha256(text).hexdigest().encode() for text in (files['README.md'], card))
+    return {**files, 'README.md': card, 'config.json': files['config.json'].replace(*digests)}
 
 
-def test_published_model_loads_from_the_hub(trained, packaged, hub, publish):
+def test_published_model_loads_from_the_hub_as_its_card_says(trained, packaged, hub, publish):
     assert publish()[0] == 0
+    card = hub.files('owner/tiny')['README.md'].decode()
+    exec(card.split('```python')[1].split('```')[0], shown := {})
     images = torch.randn(2, 3, 32, 32)
-    loaded = timm.create_model('hf-hub:owner/tiny', pretrained=True).eval()
-    assert torch.equal(loaded(images), trained.model(images))
+    assert torch.equal(shown['model'].eval()(images), trained.model(images))
+    assert shown['model'].pretrained_cfg['hf_hub_id'] == 'owner/tiny'
 
 
 def test_all_files_arrive_in_one_commit_beside_what_was_there(packaged, hub, publish):
@@ -61,7 +67,7 @@ def test_create_pr_leaves_main_alone(packaged, hub, publish):
     code, out, _ = publish('--create-pr', repo_id='someone/else')
     assert code == 0 and f'{hub.endpoint}/someone/else/discussions/1' in out
     assert hub.files('someone/else') == OTHER
-    assert hub.files('someone/else', 'refs/pr/1') == {**OTHER, **sent(packaged)}
+    assert hub.files('someone/else', 'refs/pr/1') == {**OTHER, **sent(packaged, 'someone/else')}
     code, _, err = publish('--create-pr', repo_id='owner/absent')
     assert code == 1 and 'Repository Not Found' in err and 'owner/absent' not in hub.repos
 
@@ -70,9 +76,9 @@ def test_create_pr_leaves_main_alone(packaged, hub, publish):
 def test_dry_run_shows_what_would_go_where_and_asks_nobody(packaged, hub, publish, flags, place):
     code, out, _ = publish('--dry-run', *flags)
     assert code == 0 and f'{hub.endpoint}/owner/tiny, {place}\n' in out and hub.requests == []
-    for name in FILES:
-        assert f'{(packaged / name).stat().st_size:,} bytes' in out and name in out
-    assert (packaged / 'README.md').read_text().strip() in out
+    for name, content in sent(packaged).items():
+        assert f'{len(content):,} bytes  {hashlib.sha256(content).hexdigest()}' in out and name in out
+    assert sent(packaged)['README.md'].decode() in out
 
 
 @pytest.mark.parametrize('repo_id, words', [('tiny', 'has no owner; expected OWNER/NAME'), ('a/b/c', "'a/b/c'")])

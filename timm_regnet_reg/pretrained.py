@@ -39,24 +39,22 @@ def trained_cfgs() -> Dict[str, PretrainedCfg]:
     return cfgs
 
 
+def is_packaged(cfg: PretrainedCfg) -> bool:
+    """Whether the cfg names packaged weights; with a source, local-dir: say, it is the config of a folder's own."""
+    return bool(cfg.file) and Path(cfg.file).parent.parent == WEIGHTS_FOLDER and not cfg.source
+
+
 def packaged_args(cfg: PretrainedCfg) -> Dict[str, Any]:
     """The arguments of the network whose packaged weights a cfg names, other than those that are in its cfg too."""
-    folder = Path(cfg.file or '').parent
-    if folder.parent != WEIGHTS_FOLDER or cfg.source:  # a source: local-dir:, which has its arguments
+    if not is_packaged(cfg):
         return {}
-    args = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_args', {})
+    args = json.loads(Path(cfg.file).with_name('config.json').read_text(encoding='utf-8')).get('model_args', {})
     return {key: value for key, value in args.items() if key not in ('num_classes', 'in_chans')}
 
 
 def warm_start_cfg(name: str, cfg: PretrainedCfg) -> PretrainedCfg:
     """The cfg of the regulated model of that name that starts with a plain one's weights."""
-    return replace(
-        cfg,
-        architecture=name,
-        tag=f'warm_{cfg.tag}',
-        description=f'Weights of {cfg.architecture}.{cfg.tag} with untrained regulators that leave its outputs '
-        'unchanged: a start for fine-tuning.',
-    )
+    return replace(cfg, architecture=name, tag=f'warm_{cfg.tag}')
 
 
 def warm_start_cfgs(name: str, backbone: str) -> Dict[str, PretrainedCfg]:

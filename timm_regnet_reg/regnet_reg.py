@@ -24,7 +24,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 
 from .cells import CELLS
 from .networks import CifarRegulatedResNet, RegulatedResNet, check_arguments
-from .pretrained import packaged_args, prepare_checkpoint, trained_cfgs, warm_start_cfg, warm_start_cfgs
+from .pretrained import is_packaged, packaged_args, prepare_checkpoint, trained_cfgs, warm_start_cfg, warm_start_cfgs
 from .regulate import add_regulators, check_regulable
 
 __all__ = []  # timm adds the entrypoints
@@ -131,10 +131,12 @@ def _create(
 ) -> RegulatedResNet:
     """What all entrypoints do; the caller's arguments come before those that were recorded with packaged weights."""
     overlay = dict(pretrained_cfg_overlay or {})
-    if overlay.get('hf_hub_id') or overlay.get('url'):
+    if any(overlay.get(key) is not None for key in ('hf_hub_id', 'url', 'state_dict')):
         overlay.setdefault('file', None)  # packaged weights are a file, which timm would prefer
-    cfgs = (resolve_pretrained_cfg(name, pretrained_cfg, given) for given in (overlay, None))
-    recorded = next((args for args in map(packaged_args, cfgs) if args), {})  # a tag's, too, if its file is another
+    cfg, tagged = (resolve_pretrained_cfg(name, pretrained_cfg, given) for given in (overlay, None))
+    recorded = packaged_args(cfg) or packaged_args(tagged)  # a tag's, too, if its file is another
+    if is_packaged(tagged) and not (pretrained and is_packaged(cfg)):
+        overlay.setdefault('label_names', None)  # of other weights than these
     args = {**model_args, **recorded, **kwargs}
 
     def build(**args: Any) -> ResNet:
@@ -254,6 +256,9 @@ def regnet_reg(pretrained: bool = False, **kwargs) -> RegulatedResNet:
     # timm's scripts pass the cfg of the name `regnet_reg`, which knows of no backbone: as if none was given
     if kwargs.get('pretrained_cfg') in (None, '', resolve_pretrained_cfg('regnet_reg').to_dict()):
         cfg = get_pretrained_cfg(backbone) or PretrainedCfg()
+        if is_packaged(cfg) and backbone.startswith('regnet_reg_'):
+            told = "a plain network is expected, such as 'cifar_resnet20' or 'resnet50'"
+            raise ValueError(f'backbone={backbone!r} was given, which has weights of a regulated network: {told}.')
         kwargs['pretrained_cfg'] = (
             warm_start_cfg('regnet_reg', cfg) if cfg.has_weights else replace(cfg, architecture='regnet_reg')
         )

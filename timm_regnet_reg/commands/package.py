@@ -1,6 +1,6 @@
 """Turn a checkpoint of train.py into a folder that timm and the Hub load.
 
-The folder `{output}/{model}.{tag}/` is byte for byte the Hub repository it can become: `config.json` (timm's format,
+The folder `{output}/{model}.{tag}/` holds what a Hub repository of the network holds: `config.json` (timm's format,
 with label names and the weights' SHA-256), `model.safetensors` and `README.md` (the model card). The weights are
 scored on the data's validation split on the way, and the score goes into the card, with the options of train.py that
 the recipe names. An earlier folder is replaced, but one whose card was edited by hand only with --overwrite.
@@ -100,7 +100,16 @@ def _build(name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Te
         stages = sorted({int(key[5]) for key in state_dict if re.match(r'layer\d\.regulator\.', key)})
         if stages and name.startswith('regnet_reg'):
             model_args.setdefault('regulated_stages', stages)
+        model_args['pretrained_cfg_overlay'] = {'license': None}  # that of the source isn't known
     return timm.create_model(name, **model_args)
+
+
+def _license(model: torch.nn.Module, train_args: Dict[str, Any]) -> str:
+    """That of the weights that the training started from, or apache-2.0; a UserError if it started from others."""
+    license = model.pretrained_cfg.get('license') if train_args.get('pretrained') else 'apache-2.0'
+    if not license:
+        raise UserError(f'the weights of {train_args["model"]} have no license that timm knows; give one by --license')
+    return str(license)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data-name', required=True, type=words, metavar='TEXT', help='what the images are, in words')
     parser.add_argument('--recipe', required=True, metavar='YAML', help='the file that train.py ran with (--config)')
     parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
-    parser.add_argument('--license', default='apache-2.0', type=words, help='of the weights (default: %(default)s)')
+    parser.add_argument(
+        '--license', type=words, help='of the weights (default: that of the weights they started from, or apache-2.0)'
+    )
     parser.add_argument('--output', default='.', metavar='DIR', help='where {model}.{tag}/ goes (default: here)')
     parser.add_argument('--overwrite', action='store_true', help='replace a README.md that was edited by hand, too')
     parser.add_argument('--batch-size', type=positive, default=128, metavar='N', help='to score (default: %(default)s)')
@@ -137,6 +148,7 @@ def main(args: argparse.Namespace) -> None:
         data_config = resolve_input_data_config(model, train_args)
     except Exception as error:  # whatever networks, torch and timm make of wrong arguments
         raise UserError(f'{args.checkpoint}: does not fit --model {args.model}: {reason(error)}') from error
+    license = args.license or _license(model, train_args)
     try_image(model, data_config, args.checkpoint)
     recipe, reproduce = _recipe(args.recipe, model, train_args)
     images = ImageFolder(root, data_config, model.num_classes)
@@ -153,5 +165,5 @@ def main(args: argparse.Namespace) -> None:
         'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
         'Input': '{input_size}, {interpolation}, {crop_mode} crop of {crop_pct}'.format(**data_config),
     }
-    save_folder(model, output, data_config, result, args.data_name, args.license, details, reproduce)
+    save_folder(model, output, data_config, result, args.data_name, license, details, reproduce)
     print(f'{output}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {result.images:,} images')

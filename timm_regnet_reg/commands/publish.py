@@ -1,20 +1,32 @@
 """Upload a packaged folder to the Hugging Face Hub.
 
 Nothing is sent before the folder passes every check. All files go in one commit, which goes through as a whole or not
-at all; afterwards the Hub's own hashes of them are compared. Nothing on the Hub is ever deleted.
+at all; afterwards the Hub's own hashes of them are compared. The card that is sent says how to load the network from
+there, the folder's own how to load it from the folder. Nothing on the Hub is ever deleted.
 The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN), and so is the server (HF_ENDPOINT).
 """
 
 import argparse
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, reason
-from ..weights.folder import FILES, Folder, check_folder, file_sha256
+from ..weights.folder import CARD, CONFIG, FILES, check_folder, file_sha256
 
 
-def _publish(folder: Folder, repo_id: str, private: bool, create_pr: bool) -> str:
+def _set_source(folder: Path, old: str, new: str) -> None:
+    """Let a folder's card load the network from another place."""
+    card, config = folder / CARD, folder / CONFIG
+    written = file_sha256(card)  # in the config, if the card wasn't edited by hand
+    card.write_text(card.read_text(encoding='utf-8').replace(f"'{old}'", f"'{new}'"), encoding='utf-8')
+    config.write_text(config.read_text(encoding='utf-8').replace(written, file_sha256(card)), encoding='utf-8')
+
+
+def _publish(folder: Path, title: str, repo_id: str, private: bool, create_pr: bool) -> str:
     """Uploads a folder and compares hashes; returns the URL, or a UserError says how the Hub was left."""
     api = HfApi()
     state = f'nothing was sent to {api.endpoint}'
@@ -25,12 +37,12 @@ def _publish(folder: Folder, repo_id: str, private: bool, create_pr: bool) -> st
             raise UserError('exists and is public; make it private in its settings or leave --private out')
         place = f'{api.endpoint}/{repo_id}/{"discussions" if create_pr else "commits/main"}'
         state = f'publishing failed. It is one commit, so all of it arrived or nothing: see {place}'
-        title = f'Publish {folder.card.data.model_name}'
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder.path, commit_message=title, create_pr=create_pr)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=title, create_pr=create_pr)
         url = str(commit.pr_url or commit.commit_url)
         state = f'is published, {url}, but could not be compared'
-        found = api.verify_repo_checksums(repo_id, revision=commit.oid, local_dir=folder.path)
+        found = api.verify_repo_checksums(repo_id, revision=commit.oid, local_dir=folder)
         if wrong := [mismatch['path'] for mismatch in found.mismatches] + found.extra_paths:
+            state = f'is published, {url}, but differs'
             raise UserError(f'on the Hub other hashes stand beside {", ".join(wrong)} than those of the files')
     except Exception as error:
         told = ' '.join(f'{reason(error)} {error.__cause__ or ""}'.split())  # the client's messages run over many lines
@@ -56,12 +68,15 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f'it has no owner; expected OWNER/NAME, such as you/{args.repo_id}')
     except ValueError as error:
         raise UserError(f'--repo-id {args.repo_id}: {error}') from error
-    folder = check_folder(args.folder)
-    if args.dry_run:
-        print(f'{HfApi().endpoint}/{args.repo_id}, {"a new pull request" if args.create_pr else "revision main"}')
-        for name in FILES:
-            print(f'{name:20} {(folder.path / name).stat().st_size:>12,} bytes  {file_sha256(folder.path / name)}')
-        print(f'\n{folder.card}')
-    else:
-        url = _publish(folder, args.repo_id, args.private, args.create_pr)
-        print(f'{args.repo_id}: {url}, the hashes on the Hub are those of the files')
+    name = check_folder(args.folder).card.data.model_name
+    with TemporaryDirectory() as place:
+        folder = Path(shutil.copytree(args.folder, Path(place, 'folder')))
+        _set_source(folder, f'local-dir:{name}', f'hf-hub:{args.repo_id}')
+        if args.dry_run:
+            print(f'{HfApi().endpoint}/{args.repo_id}, {"a new pull request" if args.create_pr else "revision main"}')
+            for file in FILES:
+                print(f'{file:20} {(folder / file).stat().st_size:>12,} bytes  {file_sha256(folder / file)}')
+            print(f'\n{(folder / CARD).read_text(encoding="utf-8")}')
+        else:
+            url = _publish(folder, f'Publish {name}', args.repo_id, args.private, args.create_pr)
+            print(f'{args.repo_id}: {url}, the hashes on the Hub are those of the files')

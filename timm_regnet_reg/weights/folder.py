@@ -1,4 +1,4 @@
-"""The folder of a packaged network, byte for byte the repository of the Hub that it can become."""
+"""The folder of a packaged network, which can become a repository of the Hub."""
 
 import hashlib
 import json
