@@ -94,9 +94,15 @@ def test_card_says_how_well_on_what_and_how_to_reproduce(trained, packaged, imag
     ):
         assert text in card.text
     options = yaml.safe_load(card.text.split('```yaml')[1].split('```')[0])
-    assert options == {'epochs': 3, 'opt': 'sgd', 'smoothing': 0.0, 'model': MODEL, 'num_classes': 3, 'seed': 7}, (
-        'the keys of the recipe and what names the run, and nothing else of the machine that it ran on'
-    )
+    assert options == {
+        'epochs': 3,
+        'opt': 'sgd',
+        'smoothing': 0.0,
+        'model': MODEL,
+        'num_classes': 3,
+        'seed': 7,
+        'lr': 0.1,
+    }, 'the keys of the recipe and what names the run, and nothing else of the machine that it ran on'
 
 
 def test_ema_weights_on_request(trained, package, tmp_path):
@@ -137,6 +143,7 @@ class Bomb:
         (lambda c: c.pop('args'), ("'args'", 'train.py')),
         (set_args(model_kwargs={'layers_of_cake': 3}), ('does not fit', 'layers_of_cake')),
         (set_args(input_size=[3, 32]), ('does not fit', 'input_size')),
+        (set_args(class_map='map.txt'), ('--class-map map.txt', 'save_for_hf')),
         (set_args(interpolation='nope'), ('cannot classify', 'nope')),
         (lambda c: c['state_dict']['bn1.running_var'].fill_(-1), ('not finite',)),
         (lambda c: c['state_dict'].pop('fc.weight'), ('1 weights are missing', 'fc.weight')),

@@ -52,6 +52,14 @@ def test_a_run_is_known_by_all_that_decides_its_result():
     others += [create_run(recipe={**RECIPE, **change}) for change in (dict(amp=True), dict(momentum=0.8))]
     assert len({other.name for other in (run, *others)}) == 1 + len(others)
     assert not run.has_result([other.identity for other in others])
+    amp, bf16 = dict(amp=True), 'bfloat16'
+    for change, precision in (
+        ({}, 'float32'),
+        ({**amp, 'amp_dtype': bf16}, 'bf16'),
+        (amp, 'float16'),
+        (dict(model_dtype=bf16), 'bf16'),
+    ):
+        assert create_run(recipe={**RECIPE, **change}).identity['precision'] == precision
 
 
 def test_published_results_are_readmes_and_of_the_recipes(parsers):  # noqa: F811
@@ -199,7 +207,7 @@ def test_a_run_is_trained_once_by_one_process_goes_on_and_can_be_packaged(clone,
         assert main(command) == 0
         card = Path(f'{model}.tiny', 'README.md').read_text()
         assert '2 of 2' in card and 'one of `regnet-reg reproduce`' in card and '| (3, 32, 32), bi' in card
-        assert '| Recipe | cifar10_own.yaml |' in card
+        assert '| Recipe | cifar10_own.yaml |' in card and ('drop_rate: 0.1' in card) == (model == 'resnet10t')
 
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('no memory'), OSError(28, 'No space left'), UserError('nan')])
@@ -255,6 +263,7 @@ def test_a_gpu_alone_trains_eight_networks_at_once_compiled_and_fused(device, fa
         ('a: [', 'cannot be read as a recipe'),
         ('epochs: 1e2', 'no whole number for epochs and batch_size'),
         ('{epochs: 1, batch_size: 16}', 'no opt'),
+        ('{epochs: 1, batch_size: 16, model_kwargs: {}}', 'gives model_kwargs; give arguments of networks by --models'),
         (
             ['--data-dir', 'data', '--models', *(f'{ROWS[3]} regulated_stages={x}' for x in ('[1,2]', '(1,2)'))],
             'two ways',
@@ -292,6 +301,19 @@ def test_train_py_gets_the_run_and_another_seed_to_go_on_and_what_fails_is_told(
     assert (args.num_classes, args.input_size, args.crop_pct) == (10, [3, 32, 32], 1.0)  # also of an ImageNet model
     assert yaml.safe_load(Path(args.config).read_text()) == SHORT and 'train_recipes/cifar10' in result['options']
     assert (args.resume, args.torchcompile) == (str(folder / 'last.pth.tar'), 'inductor')
+
+
+@pytest.mark.parametrize('epochs, is_whole', [(1, True), (2, False)])
+def test_the_last_epoch_is_that_of_the_schedule_with_cooldown_and_warmup(epochs, is_whole, clone, capsys):
+    """The script in place of train.py trains two epochs, with another one of cooldown or warm-up."""
+    for change in (dict(cooldown_epochs=1), dict(warmup_prefix=True, warmup_epochs=1)):
+        recipe = {**SHORT, 'sched': 'cosine', 'epochs': epochs, **change}
+        Path('train_recipes/cifar10.yaml').write_text(yaml.safe_dump(recipe))
+        command = 'reproduce train.py --data-dir data --models regnet_reg_resnet20_convgru --results'.split()
+        results = next(iter(change))
+        assert main([*command, results]) == (0 if is_whole else 1)
+        assert ('train.py ended with code 0' in capsys.readouterr().err) != is_whole
+        assert [result['epochs'] for result in read_results(Path(results, 'cifar10.csv'))] == ['2'] * is_whole
 
 
 def test_timms_train_py_makes_a_row_and_one_that_was_complete_is_not_trained_again(train_script, clone, capsys):  # noqa: F811

@@ -249,6 +249,8 @@ def test_a_compilation_serves_all_seeds(amp, tmp_path, monkeypatch):
         (dict(smoothing=None), 'no smoothing'),
         (dict(decay_milestones=None), 'no decay_milestones'),
         (dict(amp=True, amp_dtype='float16'), 'amp_dtype: float16'),
+        (dict(amp=True), 'no amp_dtype'),  # float16 for train.py
+        (dict(opt_kwargs={'filter_bias_and_bn': False, 'layer_decay': 0.5}), 'opt_kwargs: layer_decay'),
     ],
 )
 def test_a_recipe_that_the_engine_does_not_follow_is_refused_by_name(change, message):

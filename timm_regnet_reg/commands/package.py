@@ -25,6 +25,7 @@ from ..arguments import add_data, add_device, count, positive, words
 from ..blocks import split_fusions
 from ..errors import UserError, reason
 from ..papers.resident import read_recipe
+from ..papers.results import scheduled_epochs
 from ..pretrained import check_weights
 from ..weights.folder import check_replaceable, save_folder
 from ..weights.inference import try_image
@@ -57,11 +58,13 @@ def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tu
     recipe, name = read_recipe(path), Path(path).name
     # what options of their own say is not said twice
     arguments = {k: v for k, v in get_model_args(model).items() if k not in ('num_classes', 'in_chans', 'global_pool')}
+    given_args = train_args.get('model_kwargs') or {}
+    arguments.update({k: v for k, v in given_args.items() if k.startswith('drop_')})  # timm leaves them out
     architecture, given = model.pretrained_cfg['architecture'], str(train_args.get('model'))
     name_of_run = given if given.split('.')[0] == architecture else architecture  # with the tag of what it started from
     run = {**train_args, 'model': name_of_run, 'model_kwargs': arguments}
     changed = [f'{key} {run.get(key)} instead of {value}' for key, value in recipe.items() if run.get(key) != value]
-    keys = (*recipe, 'model', 'num_classes', 'model_kwargs', 'seed', 'epochs', 'amp', 'amp_dtype')
+    keys = (*recipe, 'model', 'num_classes', 'model_kwargs', 'seed', 'epochs', 'lr', 'amp', 'amp_dtype')
     options = {key: run[key] for key in keys if run.get(key) not in (None, {})}
     processes = train_args.get('world_size', 1)
     launch = 'python' if processes == 1 else f'torchrun --nproc_per_node={processes}'
@@ -138,6 +141,9 @@ def main(args: argparse.Namespace) -> None:
     check_replaceable(output, args.overwrite)
     root = split_folder(args.data_dir, args.split)
     state_dict, train_args, epochs = _read_checkpoint(args.checkpoint, args.use_ema)
+    if class_map := train_args.get('class_map'):
+        told = f"train.py numbered the classes by --class-map {class_map}, and not by their folders' order"
+        raise UserError(f'{args.checkpoint}: {told}; such a network can only be saved by timm (save_for_hf)')
     try:
         model = _build(args.model, train_args, state_dict).eval()
         if (architecture := model.pretrained_cfg['architecture']) != args.model:
@@ -158,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
 
     details = {
         'Recipe': recipe,
-        'Epochs': f'{epochs} of {train_args.get("epochs")}',
+        'Epochs': f'{epochs} of {scheduled_epochs(train_args)}',
         # train.py knows no other arguments than those that it was started with last
         'Seed': f'{train_args.get("seed")}{" after the last resumption" if train_args.get("resume") else ""}',
         'Weights': 'exponential moving average (EMA)' if args.use_ema else 'as trained, not averaged',

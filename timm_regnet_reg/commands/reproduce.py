@@ -49,7 +49,7 @@ from ..errors import InUse, UserError, reason
 from ..fused import available, set_fused
 from ..papers import flops, output, resident
 from ..papers.cifar import CLASSES, SIZE
-from ..papers.results import TABLES, Row, Run, add_result, draw, find_row, read_results, report
+from ..papers.results import TABLES, Row, Run, add_result, draw, find_row, read_results, report, scheduled_epochs
 from ..weights.files import check_writable, locked
 from ..weights.scoring import check_device
 
@@ -72,7 +72,8 @@ def _count(row: Row, dataset: str) -> Dict[str, int]:
     try:
         if not timm.is_model(row.model):  # nor local-dir:FOLDER, where another network may lie the next time
             raise ValueError('timm.list_models() has no such name')
-        counts = flops.count(row.model, (3, SIZE, SIZE), num_classes=CLASSES[dataset], **row.kwargs)
+        kwargs = {**row.kwargs, 'num_classes': CLASSES[dataset], 'pretrained': False}
+        counts = flops.count(row.model, (3, SIZE, SIZE), **kwargs)
     except Exception as error:  # networks raise whatever they stumble over
         told = ' '.join(reason(error).split())
         raise UserError(f"--models '{row}': can't be made for {SIZE}x{SIZE} images: {told}; correct it") from error
@@ -81,7 +82,7 @@ def _count(row: Row, dataset: str) -> Dict[str, int]:
 
 def _options(run: Run, recipe: Path) -> List[str]:
     """What train.py is given of a run."""
-    amp = ['--amp', '--amp-dtype', 'bfloat16'] if run.recipe.get('amp') else []
+    amp = ['--amp', '--amp-dtype', run.recipe.get('amp_dtype', 'float16')] if run.recipe.get('amp') else []
     kwargs = ['--model-kwargs', *shlex.split(run.row.arguments)] if run.row.arguments else []
     data = f'--num-classes {CLASSES[run.dataset]} --input-size 3 {SIZE} {SIZE} --crop-pct 1'.split()
     return ['--config', str(recipe), *amp, '--model', run.row.model, *kwargs, '--seed', str(run.seed), *data]
@@ -113,7 +114,7 @@ def train_by_script(run: Run, folder: Path, script: List[str]) -> Dict[str, Any]
     with open(log, 'ab') as file:
         package = Path(__file__).parents[2]  # where -m looks first: for this package, and not a clone's
         code = subprocess.run(command, cwd=package, stdin=subprocess.DEVNULL, stdout=file, stderr=file).returncode
-    last = [line for line in _summary(folder) if line['epoch'] == str(run.recipe['epochs'] - 1)]
+    last = [line for line in _summary(folder) if int(line['epoch']) == scheduled_epochs(run.recipe) - 1]
     if code or not last:
         end = '\n  '.join(log.read_text(errors='replace').splitlines()[-5:])
         raise UserError(f'train.py ended with code {code}; the end of {log}:\n  {end}')
@@ -172,6 +173,8 @@ def main(args: argparse.Namespace) -> None:
     recipe = resident.read_recipe(path)
     if wrong := [key for key in ('epochs', 'batch_size') if type(recipe.get(key)) is not int]:
         raise UserError(f'{path}: gives no whole number for {" and ".join(wrong)}; correct it')
+    if wrong := [key for key in ('model_kwargs', 'gp', 'in_chans') if key in recipe]:
+        raise UserError(f'{path}: gives {" and ".join(wrong)}; give arguments of networks by --models instead')
     if args.amp:
         recipe.update(amp=True, amp_dtype='bfloat16')
     if not args.train_py:

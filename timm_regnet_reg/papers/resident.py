@@ -72,8 +72,10 @@ def read_recipe(path) -> Dict[str, Any]:
 def check_recipe(recipe: Dict[str, Any]) -> None:
     """Raises a UserError that names what this engine can't do of a recipe."""
     needed = NEEDED | ({'decay_milestones'} if recipe.get('sched') == 'multistep' else set())
+    needed |= {'amp_dtype'} if recipe.get('amp') else set()
     known = {key: VALUES.get(key, [value]) for key, value in recipe.items() if key in NEEDED | OPTIONAL}
     wrong = [f'{key}: {value}' for key, value in recipe.items() if value not in known.get(key, [])]
+    wrong += [f'opt_kwargs: {key}' for key in recipe.get('opt_kwargs', {}) if key != 'filter_bias_and_bn']
     wrong += [f'no {key}' for key in sorted(needed - recipe.keys())]
     if wrong:
         raise UserError(f"the recipe has {', '.join(wrong)}; that needs timm's train.py: give TRAIN_PY, too")

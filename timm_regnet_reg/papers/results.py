@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import numpy as np
+import torch
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs
 
 from ..errors import UserError
@@ -58,6 +60,12 @@ TITLE = (
 )
 
 
+def scheduled_epochs(options: Dict[str, Any]) -> int:
+    """How many epochs train.py trains with these options: warm-up before the schedule and cooldown come on top."""
+    kwargs = scheduler_kwargs(argparse.Namespace(**{'sched': 'cosine', **options}))
+    return create_scheduler_v2(torch.optim.SGD([torch.zeros(1)], lr=1.0), **kwargs, updates_per_epoch=1)[1]
+
+
 def find_row(model: str, arguments: str) -> Row:
     """The row of the tables or, of a network that is in none, one without papers' errors."""
     return ROWS[PLACES[model, arguments]] if (model, arguments) in PLACES else Row(model, arguments)
@@ -83,8 +91,10 @@ class Run:
         """The columns `IDENTITY`; `settings` is a digest of what the runs of a table are given alike."""
         settings = json.dumps([self.recipe, self.images], sort_keys=True).encode()
         values = {**vars(self), 'model': self.row.model, 'arguments': self.row.arguments}
-        values.update(images=self.images['validation'], epochs=self.recipe['epochs'])
-        values['precision'] = 'bf16' if self.recipe.get('amp') else 'float32'
+        values.update(images=self.images['validation'], epochs=scheduled_epochs(self.recipe))
+        precision = self.recipe.get('amp_dtype', 'float16') if self.recipe.get('amp') else 'float32'  # as train.py
+        precision = self.recipe.get('model_dtype', precision)
+        values['precision'] = 'bf16' if precision == 'bfloat16' else precision
         values['settings'] = hashlib.sha256(settings).hexdigest()[:12]
         return {key: str(values[key]) for key in IDENTITY}
 
