@@ -16,6 +16,7 @@ from networks import NETS, TINY, assert_close, create, enliven, images, lively
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from timm.utils import reparameterize_model
+from torch.nn.utils import prune
 
 import timm_regnet_reg
 from timm_regnet_reg import __main__ as command_line
@@ -92,6 +93,25 @@ def test_feature_extractors_regulated_and_pruned_networks_are_reparameterized():
     x = images(regulated)
     for model in (lively('cifar', features_only=True), regulated, pruned):
         assert_close(reparameterize_model(model)(x), model(x), FOLDED)
+
+
+def test_what_users_put_in_place_of_layers_is_reparameterized_as_far_as_it_goes():
+    def bare_shortcut(model):
+        model.layer2[0].downsample = model.layer2[0].downsample[0]
+
+    def own_stage(model):
+        model.layer4 = nn.Conv2d(48, 64, 1)
+
+    def pruned(model):
+        for conv in (model.layer1[0].conv2, model.layer2[0].fusion_conv_x):
+            prune.l1_unstructured(conv, 'weight', 0.5)
+
+    for change in (bare_shortcut, own_stage, pruned):
+        model = lively('basic')
+        x = images(model)
+        with torch.no_grad():
+            change(model)
+            assert_close(reparameterize_model(nn.Sequential(model))(x), model(x), FOLDED, change.__name__)
 
 
 # torch.export and ONNX

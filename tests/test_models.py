@@ -230,6 +230,18 @@ def test_output_stride(net, output_stride):
     assert torch.equal(model.forward_features(x), features[-1])
 
 
+@pytest.mark.parametrize('net', ['basic', 'bottleneck'])
+def test_strides_can_be_changed_after_the_network_was_made(net):
+    """As code for segmentation does with a ResNet-50; 32 pixels are one in its last stage, which broadcasts."""
+    model, expected = lively(net), lively(net, output_stride=16)
+    for conv, dense in zip(model.layer4.modules(), expected.layer4.modules()):
+        if isinstance(conv, nn.Conv2d):
+            conv.stride, conv.dilation, conv.padding = dense.stride, dense.dilation, dense.padding
+    for size in (32, 65):
+        x = images(model, size=(size, size))
+        assert_close(model.forward_features(x), expected.forward_features(x))
+
+
 @pytest.mark.parametrize('net', ONE_OF_EACH)
 def test_pruned_network_keeps_the_features_asked_for(net):
     model = lively(net)

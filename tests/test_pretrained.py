@@ -19,7 +19,7 @@ import torch
 from conftest import CLASSES, MODEL
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
-from networks import CELLS, assert_close, enliven, images, randomize
+from networks import CELLS, TINY, assert_close, enliven, images, randomize
 from timm.models import get_pretrained_cfg, push_to_hf_hub, save_for_hf
 
 import timm_regnet_reg
@@ -107,6 +107,12 @@ def test_a_backbone_that_is_not_registered_is_refused(backbone):
     told = re.escape(f'backbone={backbone!r} was given: ')
     with pytest.raises(ValueError, match=f'{told}.* give it to timm_regnet_reg.regulate'):
         timm.create_model('regnet_reg', backbone=backbone)
+
+
+@pytest.mark.filterwarnings('ignore:Mapping deprecated model name tv_resnet34 to current resnet34.tv_in1k')
+def test_an_old_name_of_timms_is_the_backbone_of_the_new_one():
+    old, new = (timm.create_model('regnet_reg', backbone=name, **TINY) for name in ('tv_resnet34', 'resnet34.tv_in1k'))
+    assert old.pretrained_cfg == new.pretrained_cfg
 
 
 @pytest.mark.parametrize('tag', ['', '.cifar10_stage3'])

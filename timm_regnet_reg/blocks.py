@@ -85,10 +85,7 @@ class _RegulatedBlock(nn.Module):
         self.fusion_conv_h = nn.Conv2d(N_H, N_X, 1, bias=False, **dd)
         self.fusion_bn = norm_layer(N_X, **dd)
         self.fusion_act = copy.deepcopy(self.act1)
-        if isinstance(self, Bottleneck):
-            # as the shortcut of a D variant pools: odd sizes match too
-            pool = nn.AvgPool2d(2, self.stride, ceil_mode=True, count_include_pad=False)
-            self.regulator_pool = nn.Identity() if self.stride == 1 else pool
+        self.aa_stride = 1 if isinstance(self.aa, nn.Identity) else int(self.stride)
         self.start_at_identity()
 
     @torch.jit.ignore
@@ -159,10 +156,17 @@ class RegulatedBasicBlock(_RegulatedBlock, BasicBlock):
 class RegulatedBottleneck(_RegulatedBlock, Bottleneck):
     """timm's Bottleneck, regulated. Where the 3x3 strides, the cell reads X2 average-pooled to X3's size."""
 
+    def pool(self, X2: torch.Tensor) -> torch.Tensor:
+        """X2 in X3's size, as the shortcut of a D variant pools: odd sizes match too."""
+        stride = self.aa_stride * self.conv2.stride[0]  # as it is now: users set it to 1 for denser features
+        if stride == 1:
+            return X2
+        return F.avg_pool2d(X2, 2, stride, ceil_mode=True, count_include_pad=False)
+
     def forward(self, X1: torch.Tensor, W: Kernels, H: Optional[torch.Tensor] = None, C: Optional[torch.Tensor] = None):
         """As RegulatedBasicBlock.forward."""
         X2 = self.act1(self.bn1(self.conv1(X1)))
-        H, C = self.step(self.regulator_pool(X2), H, C, W)
+        H, C = self.step(self.pool(X2), H, C, W)
         H = self.regulator_act(self.regulator_bn(H))
         X3 = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(X2)))))
         X4 = self.fusion_act(self.fusion_bn(self.fusion_conv_x(X3) + self.fusion_conv_h(H)))
@@ -181,15 +185,17 @@ def fuse_batch_norms(module: nn.Module) -> None:
     """Fuse batch norms with the convolutions before them, in place; nn.Identity takes a fused one's place.
 
     Among the children of a block or network, and within those that are an nn.Sequential, a BN registered right after a
-    convolution is taken to follow it, as in all of timm's ResNets.
+    convolution is taken to follow it, as in all of timm's ResNets. Convolutions whose weight is made of parameters, and
+    isn't one, stay as they are: pruned ones, say.
     """
-    before = None
+    before: Any = None
     for name, child in list(module.named_children()):
-        is_bn = type(child) in BATCH_NORMS and child.running_mean is not None
-        if is_bn and isinstance(before, nn.Conv2d):
-            if before is getattr(module, 'fusion_conv_h', None):  # the BN is of the sum; its shift goes with H's part
+        convs = [before, module.fusion_conv_x] if name == 'fusion_bn' else [before]
+        can_fuse = all(isinstance(conv, nn.Conv2d) and isinstance(conv.weight, nn.Parameter) for conv in convs)
+        is_bn = type(child) in BATCH_NORMS and child.running_mean is not None and name != 'regulator_bn'
+        if is_bn and can_fuse:
+            for x_conv in convs[1:]:  # the BN is of the sum; its shift goes with H's part
                 zero = torch.zeros_like(child.running_mean)
-                x_conv = module.fusion_conv_x
                 x_conv.weight, _ = fuse_conv_bn_weights(
                     x_conv.weight, None, zero, child.running_var, child.eps, child.weight, zero
                 )
@@ -227,7 +233,7 @@ class _Stage(nn.Module):
         if mode and self.reparameterized:
             raise RuntimeError(
                 'This network was reparameterised for inference, and trains no more: its batch norms and the separable '
-                'kernels of its regulators are fused. Train the network that it was made from.'
+                'kernels of its regulators are fused. Train the network that it was made from; call eval() on this one.'
             )
         return super().train(mode)
 

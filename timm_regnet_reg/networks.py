@@ -116,7 +116,8 @@ class RegulatedResNet(ResNet):
         the network that it is given itself it reaches the stages, and leaves the stem's BN as it is.
         """
         for stage in self.stages():
-            stage.reparameterize()
+            if hasattr(stage, 'reparameterize'):  # not a user's own
+                stage.reparameterize()
         fuse_batch_norms(self)
         self.eval()
 

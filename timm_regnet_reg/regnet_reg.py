@@ -17,6 +17,7 @@ from timm.models import (
     create_model,
     generate_default_cfgs,
     get_pretrained_cfg,
+    is_model,
     register_model,
     resolve_pretrained_cfg,
 )
@@ -256,6 +257,8 @@ def regnet_reg(pretrained: bool = False, **kwargs) -> RegulatedResNet:
     # timm's scripts pass the cfg of the name `regnet_reg`, which knows of no backbone: as if none was given
     if kwargs.get('pretrained_cfg') in (None, '', resolve_pretrained_cfg('regnet_reg').to_dict()):
         cfg = get_pretrained_cfg(backbone) or PretrainedCfg()
+        if not cfg.architecture and is_model(backbone):  # an old name, such as tv_resnet34, of which timm warns
+            cfg = PretrainedCfg(**create_model(backbone, device='meta').pretrained_cfg)
         if is_packaged(cfg) and backbone.startswith('regnet_reg_'):
             told = "a plain network is expected, such as 'cifar_resnet20' or 'resnet50'"
             raise ValueError(f'backbone={backbone!r} was given, which has weights of a regulated network: {told}.')
