@@ -15,6 +15,7 @@ import torch.nn as nn
 from networks import NETS, TINY, assert_close, create, enliven, images, lively
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
+from timm.layers import StdConv2d
 from timm.utils import reparameterize_model
 from torch.nn.utils import prune
 
@@ -61,7 +62,7 @@ def test_reparameterized_network_says_that_it_trains_no_more_and_the_given_one_d
     in_training = reparameterize_model(copy.deepcopy(model).train())
     for folded in (reparameterize_model(model), reparameterize_model(nn.Sequential(model))[0], in_training):
         folded.eval()
-        with pytest.raises(RuntimeError, match='reparameterised for inference, and trains no more'):
+        with pytest.raises(RuntimeError, match=r'reparameterised for inference, and trains no more.* call eval\(\)'):
             folded.train()
         assert not any(module.training for module in folded.modules()), 'half in training mode'
         assert_close(folded(x), model(x), FOLDED)
@@ -102,11 +103,14 @@ def test_what_users_put_in_place_of_layers_is_reparameterized_as_far_as_it_goes(
     def own_stage(model):
         model.layer4 = nn.Conv2d(48, 64, 1)
 
+    def standardised(model):  # its weight isn't what it convolves with
+        model.layer1[0].conv2 = StdConv2d(16, 16, 3, padding=1)
+
     def pruned(model):
         for conv in (model.layer1[0].conv2, model.layer2[0].fusion_conv_x):
             prune.l1_unstructured(conv, 'weight', 0.5)
 
-    for change in (bare_shortcut, own_stage, pruned):
+    for change in (bare_shortcut, own_stage, standardised, pruned):
         model = lively('basic')
         x = images(model)
         with torch.no_grad():

@@ -240,6 +240,13 @@ def test_strides_can_be_changed_after_the_network_was_made(net):
     for size in (32, 65):
         x = images(model, size=(size, size))
         assert_close(model.forward_features(x), expected.forward_features(x))
+    if net == 'bottleneck':
+        for stride, rows in ((1, 9), ((2, 1), 5)):  # of the 65 pixels
+            model.layer3[0].conv2.stride = model.layer3[0].downsample[0].stride = stride
+            assert model.forward_features(x).shape[2:] == (rows, 9)
+        features = expected.forward_features(x)
+        expected.layer2[0].conv2 = nn.Sequential(expected.layer2[0].conv2)  # an adapter without a stride
+        assert torch.equal(expected.forward_features(x), features)
 
 
 @pytest.mark.parametrize('net', ONE_OF_EACH)

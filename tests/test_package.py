@@ -114,11 +114,11 @@ def test_ema_weights_on_request(trained, package, tmp_path):
 
 def test_card_tells_what_the_run_changed_in_its_recipe_and_that_it_was_resumed(package, tmp_path):
     (tmp_path / 'recipe.yaml').write_text('epochs: 164\nopt: sgd\n')
-    run = set_args(resume='old.pth.tar', amp=True, amp_dtype='bfloat16')
+    run = set_args(resume='old.pth.tar', amp=True, amp_dtype='bfloat16', cooldown_epochs=2)
     assert package(change=run, recipe=tmp_path / 'recipe.yaml')[0] == 0
     card = (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
     assert 'recipe.yaml with epochs 3 instead of 164 |' in card
-    assert '| Seed | 7 after the last resumption |' in card
+    assert '| Seed | 7 after the last resumption |' in card and '| Epochs | 3 of 5 |' in card
     assert 'amp_dtype: bfloat16' in card and 'regnet-reg reproduce' not in card
 
 
@@ -336,8 +336,11 @@ def test_license_is_that_of_the_weights_that_training_started_from(package, tmp_
         assert f'| License of the weights | {license} |' in folder.card.text
     gone = run_of('hf-hub:owner/gone', timm.create_model(MODEL, num_classes=3), pretrained=True)
     code, err = package(change=gone)
-    assert code == 1 and 'hf-hub:owner/gone have no license that timm knows; give one by --license' in err
+    assert code == 1 and 'the license of hf-hub:owner/gone, where the training started, is not known' in err
     assert package('--license', 'mit', change=gone)[0] == 0
+    for start in ({'initial_checkpoint': 'mine.pth'}, {'pretrained_path': 'mine.pth', 'pretrained': True}):
+        code, err = package(change=set_args(**start))
+        assert code == 1 and 'the license of mine.pth, where the training started, is not known; give one' in err
 
 
 @pytest.mark.parametrize('source', ['local-dir:/no/such/my-network', 'hf-hub:owner/my-network', f'{MODEL}.no_more'])

@@ -24,6 +24,7 @@ from timm.models import get_pretrained_cfg, push_to_hf_hub, save_for_hf
 
 import timm_regnet_reg
 from timm_regnet_reg import pretrained
+from timm_regnet_reg.cells import ConvGRU
 from timm_regnet_reg.weights.folder import check_folder
 
 WARM = 'regnet_reg_resnet18_convlstm'
@@ -119,6 +120,9 @@ def test_an_old_name_of_timms_is_the_backbone_of_the_new_one():
 def test_weights_that_are_regulated_already_are_no_backbone(tag):
     with pytest.raises(ValueError, match=f'{MODEL}{tag}.* of a regulated network: a plain network is expected'):
         timm.create_model('regnet_reg', backbone=f'{MODEL}{tag}', pretrained=True)
+    model = timm.create_model('regnet_reg', backbone=f'{MODEL}{tag}', cell='convgru')  # its plain network
+    assert [type(stage.regulator) for stage in model.stages()] == 3 * [ConvGRU]
+    assert not model.pretrained_cfg.get('label_names')
 
 
 def test_warm_start_of_a_d_variant(hub, tmp_path):
@@ -331,7 +335,7 @@ def test_label_names_are_of_the_packaged_weights_and_of_no_others(tmp_path):
         timm.create_model('regnet_reg', backbone='cifar_resnet20'),
         timm.create_model('cifar_resnet20', pretrained_cfg=timm.get_pretrained_cfg('cifar_resnet20').to_dict()),
     ):
-        assert 'label_names' not in json.loads(files_of(model, tmp_path / 'saved')['config.json'])
+        assert b'label_names' not in files_of(model, tmp_path / 'saved')['config.json']
     for kwargs in (dict(pretrained=True), dict(pretrained_cfg_overlay={'label_names': list('abcdefghij')})):
         assert len(timm.create_model('cifar_resnet20', **kwargs).pretrained_cfg['label_names']) == 10
 

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from conftest import full_disk
@@ -58,8 +59,12 @@ def test_a_run_is_known_by_all_that_decides_its_result():
         ({**amp, 'amp_dtype': bf16}, 'bf16'),
         (amp, 'float16'),
         (dict(model_dtype=bf16), 'bf16'),
+        ({**amp, 'amp_dtype': bf16, 'model_dtype': 'float32'}, 'bf16'),
     ):
-        assert create_run(recipe={**RECIPE, **change}).identity['precision'] == precision
+        run = create_run(recipe={**RECIPE, **change})
+        assert run.identity['precision'] == precision
+        if change == amp:
+            assert '--amp --amp-dtype float16' in ' '.join(reproduce._options(run, Path('recipe')))
 
 
 def test_published_results_are_readmes_and_of_the_recipes(parsers):  # noqa: F811
@@ -207,7 +212,13 @@ def test_a_run_is_trained_once_by_one_process_goes_on_and_can_be_packaged(clone,
         assert main(command) == 0
         card = Path(f'{model}.tiny', 'README.md').read_text()
         assert '2 of 2' in card and 'one of `regnet-reg reproduce`' in card and '| (3, 32, 32), bi' in card
-        assert '| Recipe | cifar10_own.yaml |' in card and ('drop_rate: 0.1' in card) == (model == 'resnet10t')
+        assert '| Recipe | cifar10_own.yaml |' in card and ('drop: 0.1' in card) == (model == 'resnet10t')
+
+
+def test_networks_are_counted_without_their_weights(hub):
+    parameters = sum(parameter.numel() for parameter in timm.create_model('resnet10t', num_classes=10).parameters())
+    assert reproduce._count(Row('resnet10t', 'pretrained=True'), 'cifar10')['parameters'] == parameters
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('no memory'), OSError(28, 'No space left'), UserError('nan')])
@@ -264,6 +275,9 @@ def test_a_gpu_alone_trains_eight_networks_at_once_compiled_and_fused(device, fa
         ('epochs: 1e2', 'no whole number for epochs and batch_size'),
         ('{epochs: 1, batch_size: 16}', 'no opt'),
         ('{epochs: 1, batch_size: 16, model_kwargs: {}}', 'gives model_kwargs; give arguments of networks by --models'),
+        ('{epochs: 1, batch_size: 16, gp: max, in_chans: 1}', 'gives gp and in_chans; give'),
+        ('{epochs: 1, batch_size: 16, cooldown_epochs: }', 'no schedule can be made of it'),
+        (['--data-dir', 'data', '--models', 'resnet10t num_classes=5'], 'multiple values'),
         (
             ['--data-dir', 'data', '--models', *(f'{ROWS[3]} regulated_stages={x}' for x in ('[1,2]', '(1,2)'))],
             'two ways',

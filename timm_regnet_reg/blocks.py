@@ -85,7 +85,9 @@ class _RegulatedBlock(nn.Module):
         self.fusion_conv_h = nn.Conv2d(N_H, N_X, 1, bias=False, **dd)
         self.fusion_bn = norm_layer(N_X, **dd)
         self.fusion_act = copy.deepcopy(self.act1)
-        self.aa_stride = 1 if isinstance(self.aa, nn.Identity) else int(self.stride)
+        if isinstance(self, Bottleneck):
+            self.conv2_stride = X_conv.stride
+            self.aa_stride = 1 if isinstance(self.aa, nn.Identity) else int(self.stride)
         self.start_at_identity()
 
     @torch.jit.ignore
@@ -158,10 +160,14 @@ class RegulatedBottleneck(_RegulatedBlock, Bottleneck):
 
     def pool(self, X2: torch.Tensor) -> torch.Tensor:
         """X2 in X3's size, as the shortcut of a D variant pools: odd sizes match too."""
-        stride = self.aa_stride * self.conv2.stride[0]  # as it is now: users set it to 1 for denser features
-        if stride == 1:
+        # as it is now, for users set it to 1 to have denser features; an adapter in conv2's place may not tell
+        stride = self.conv2.stride if hasattr(self.conv2, 'stride') else self.conv2_stride
+        if isinstance(stride, int):
+            stride = (stride, stride)
+        kernel = (self.aa_stride * stride[0], self.aa_stride * stride[1])
+        if kernel[0] == 1 and kernel[1] == 1:
             return X2
-        return F.avg_pool2d(X2, 2, stride, ceil_mode=True, count_include_pad=False)
+        return F.avg_pool2d(X2, kernel, kernel, ceil_mode=True, count_include_pad=False)
 
     def forward(self, X1: torch.Tensor, W: Kernels, H: Optional[torch.Tensor] = None, C: Optional[torch.Tensor] = None):
         """As RegulatedBasicBlock.forward."""
@@ -191,7 +197,7 @@ def fuse_batch_norms(module: nn.Module) -> None:
     before: Any = None
     for name, child in list(module.named_children()):
         convs = [before, module.fusion_conv_x] if name == 'fusion_bn' else [before]
-        can_fuse = all(isinstance(conv, nn.Conv2d) and isinstance(conv.weight, nn.Parameter) for conv in convs)
+        can_fuse = all(type(conv) is nn.Conv2d and isinstance(conv.weight, nn.Parameter) for conv in convs)
         is_bn = type(child) in BATCH_NORMS and child.running_mean is not None and name != 'regulator_bn'
         if is_bn and can_fuse:
             for x_conv in convs[1:]:  # the BN is of the sum; its shift goes with H's part

@@ -132,7 +132,7 @@ def _create(
 ) -> RegulatedResNet:
     """What all entrypoints do; the caller's arguments come before those that were recorded with packaged weights."""
     overlay = dict(pretrained_cfg_overlay or {})
-    if any(overlay.get(key) is not None for key in ('hf_hub_id', 'url', 'state_dict')):
+    if any(overlay.get(key) for key in ('hf_hub_id', 'url', 'state_dict')):
         overlay.setdefault('file', None)  # packaged weights are a file, which timm would prefer
     cfg, tagged = (resolve_pretrained_cfg(name, pretrained_cfg, given) for given in (overlay, None))
     recorded = packaged_args(cfg) or packaged_args(tagged)  # a tag's, too, if its file is another
@@ -258,10 +258,12 @@ def regnet_reg(pretrained: bool = False, **kwargs) -> RegulatedResNet:
     if kwargs.get('pretrained_cfg') in (None, '', resolve_pretrained_cfg('regnet_reg').to_dict()):
         cfg = get_pretrained_cfg(backbone) or PretrainedCfg()
         if not cfg.architecture and is_model(backbone):  # an old name, such as tv_resnet34, of which timm warns
-            cfg = PretrainedCfg(**create_model(backbone, device='meta').pretrained_cfg)
+            cfg = PretrainedCfg(**getattr(create_model(backbone, device='meta'), 'pretrained_cfg', {}))
         if is_packaged(cfg) and backbone.startswith('regnet_reg_'):
-            told = "a plain network is expected, such as 'cifar_resnet20' or 'resnet50'"
-            raise ValueError(f'backbone={backbone!r} was given, which has weights of a regulated network: {told}.')
+            if pretrained:
+                told = "a plain network is expected, such as 'cifar_resnet20' or 'resnet50'"
+                raise ValueError(f'backbone={backbone!r} was given, which has weights of a regulated network: {told}.')
+            cfg = replace(cfg, file=None, label_names=None)
         kwargs['pretrained_cfg'] = (
             warm_start_cfg('regnet_reg', cfg) if cfg.has_weights else replace(cfg, architecture='regnet_reg')
         )

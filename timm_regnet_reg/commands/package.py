@@ -32,8 +32,8 @@ from ..weights.inference import try_image
 from ..weights.scoring import ImageFolder, check_device, check_same_classes, score, split_folder
 
 
-def _read_checkpoint(path: str, use_ema: bool) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any], int]:
-    """State dict, arguments and epochs of a checkpoint of train.py; nothing in it is executed."""
+def _read_checkpoint(path: str, use_ema: bool) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any], str]:
+    """State dict, arguments and epochs ('3 of 3') of a checkpoint of train.py; nothing in it is executed."""
     try:
         checkpoint = load_checkpoint_metadata(path)
         ema = checkpoint.get('state_dict_ema')
@@ -41,7 +41,7 @@ def _read_checkpoint(path: str, use_ema: bool) -> Tuple[Dict[str, torch.Tensor],
         # --split-bn's auxiliary norms serve training alone
         state_dict = {key: value for key, value in weights.items() if '.aux_bn.' not in key}
         train_args = {**vars(checkpoint['args']), 'by_reproduce': 'momenta' in checkpoint}
-        epochs = int(checkpoint['epoch']) + 1
+        epochs = f'{int(checkpoint["epoch"]) + 1} of {scheduled_epochs(train_args)}'
     except Exception as error:  # torch raises whatever it stumbles over
         raise UserError(
             f"{path}: cannot be read as a checkpoint of train.py, with 'state_dict', 'args' and 'epoch' "
@@ -58,13 +58,13 @@ def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tu
     recipe, name = read_recipe(path), Path(path).name
     # what options of their own say is not said twice
     arguments = {k: v for k, v in get_model_args(model).items() if k not in ('num_classes', 'in_chans', 'global_pool')}
-    given_args = train_args.get('model_kwargs') or {}
-    arguments.update({k: v for k, v in given_args.items() if k.startswith('drop_')})  # timm leaves them out
     architecture, given = model.pretrained_cfg['architecture'], str(train_args.get('model'))
     name_of_run = given if given.split('.')[0] == architecture else architecture  # with the tag of what it started from
-    run = {**train_args, 'model': name_of_run, 'model_kwargs': arguments}
+    given_args = train_args.get('model_kwargs') or {}  # drop rates train.py takes as options of its own
+    drops = {k.removesuffix('_rate'): v for k, v in given_args.items() if k.startswith('drop_')}
+    run = {**train_args, 'model': name_of_run, 'model_kwargs': arguments, **drops}
     changed = [f'{key} {run.get(key)} instead of {value}' for key, value in recipe.items() if run.get(key) != value]
-    keys = (*recipe, 'model', 'num_classes', 'model_kwargs', 'seed', 'epochs', 'lr', 'amp', 'amp_dtype')
+    keys = (*recipe, 'model', 'num_classes', 'model_kwargs', 'seed', 'epochs', 'lr', 'amp', 'amp_dtype', *drops)
     options = {key: run[key] for key in keys if run.get(key) not in (None, {})}
     processes = train_args.get('world_size', 1)
     launch = 'python' if processes == 1 else f'torchrun --nproc_per_node={processes}'
@@ -108,10 +108,14 @@ def _build(name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Te
 
 
 def _license(model: torch.nn.Module, train_args: Dict[str, Any]) -> str:
-    """That of the weights that the training started from, or apache-2.0; a UserError if it started from others."""
-    license = model.pretrained_cfg.get('license') if train_args.get('pretrained') else 'apache-2.0'
+    """That of the weights that the training started from, or apache-2.0; a UserError if it isn't known."""
+    start, license = train_args.get('initial_checkpoint') or train_args.get('pretrained_path'), None
+    if not start:
+        start, license = train_args['model'], model.pretrained_cfg.get('license')
+        if not train_args.get('pretrained') and not (train_args.get('model_kwargs') or {}).get('pretrained'):
+            license = 'apache-2.0'
     if not license:
-        raise UserError(f'the weights of {train_args["model"]} have no license that timm knows; give one by --license')
+        raise UserError(f'the license of {start}, where the training started, is not known; give one by --license')
     return str(license)
 
 
@@ -164,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
 
     details = {
         'Recipe': recipe,
-        'Epochs': f'{epochs} of {scheduled_epochs(train_args)}',
+        'Epochs': epochs,
         # train.py knows no other arguments than those that it was started with last
         'Seed': f'{train_args.get("seed")}{" after the last resumption" if train_args.get("resume") else ""}',
         'Weights': 'exponential moving average (EMA)' if args.use_ema else 'as trained, not averaged',

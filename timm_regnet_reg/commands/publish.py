@@ -41,15 +41,15 @@ def _publish(folder: Path, title: str, repo_id: str, private: bool, create_pr: b
         url = str(commit.pr_url or commit.commit_url)
         state = f'is published, {url}, but could not be compared'
         found = api.verify_repo_checksums(repo_id, revision=commit.oid, local_dir=folder)
-        if wrong := [mismatch['path'] for mismatch in found.mismatches] + found.extra_paths:
-            state = f'is published, {url}, but differs'
-            raise UserError(f'on the Hub other hashes stand beside {", ".join(wrong)} than those of the files')
     except Exception as error:
         told = ' '.join(f'{reason(error)} {error.__cause__ or ""}'.split())  # the client's messages run over many lines
         raise UserError(
             f'{repo_id}: {state} ({told}). Check the connection, and that `hf auth whoami` names an account that may '
             'write there (`hf auth login`, or HF_TOKEN); then run the same command again'
         ) from error
+    if wrong := [mismatch['path'] for mismatch in found.mismatches] + found.extra_paths:
+        told = f'but on the Hub other hashes stand beside {", ".join(wrong)} than those of the files'
+        raise UserError(f'{repo_id}: is published, {url}, {told}; run the same command again')
     return url
 
 
@@ -70,8 +70,13 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f'--repo-id {args.repo_id}: {error}') from error
     name = check_folder(args.folder).card.data.model_name
     with TemporaryDirectory() as place:
-        folder = Path(shutil.copytree(args.folder, Path(place, 'folder')))
-        _set_source(folder, f'local-dir:{name}', f'hf-hub:{args.repo_id}')
+        folder = Path(place)
+        try:
+            for file in FILES:
+                shutil.copyfile(Path(args.folder, file), folder / file)
+            _set_source(folder, f'local-dir:{name}', f'hf-hub:{args.repo_id}')
+        except OSError as error:
+            raise UserError(f'{args.folder}: cannot be copied to {place} ({error}); set TMPDIR to another') from error
         if args.dry_run:
             print(f'{HfApi().endpoint}/{args.repo_id}, {"a new pull request" if args.create_pr else "revision main"}')
             for file in FILES:

@@ -72,8 +72,8 @@ def _count(row: Row, dataset: str) -> Dict[str, int]:
     try:
         if not timm.is_model(row.model):  # nor local-dir:FOLDER, where another network may lie the next time
             raise ValueError('timm.list_models() has no such name')
-        kwargs = {**row.kwargs, 'num_classes': CLASSES[dataset], 'pretrained': False}
-        counts = flops.count(row.model, (3, SIZE, SIZE), **kwargs)
+        kwargs = {**row.kwargs, 'pretrained': False}
+        counts = flops.count(row.model, (3, SIZE, SIZE), num_classes=CLASSES[dataset], **kwargs)
     except Exception as error:  # networks raise whatever they stumble over
         told = ' '.join(reason(error).split())
         raise UserError(f"--models '{row}': can't be made for {SIZE}x{SIZE} images: {told}; correct it") from error
@@ -82,7 +82,7 @@ def _count(row: Row, dataset: str) -> Dict[str, int]:
 
 def _options(run: Run, recipe: Path) -> List[str]:
     """What train.py is given of a run."""
-    amp = ['--amp', '--amp-dtype', run.recipe.get('amp_dtype', 'float16')] if run.recipe.get('amp') else []
+    amp = ['--amp', '--amp-dtype', run.recipe.get('amp_dtype') or 'float16'] if run.recipe.get('amp') else []
     kwargs = ['--model-kwargs', *shlex.split(run.row.arguments)] if run.row.arguments else []
     data = f'--num-classes {CLASSES[run.dataset]} --input-size 3 {SIZE} {SIZE} --crop-pct 1'.split()
     return ['--config', str(recipe), *amp, '--model', run.row.model, *kwargs, '--seed', str(run.seed), *data]
@@ -175,6 +175,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f'{path}: gives no whole number for {" and ".join(wrong)}; correct it')
     if wrong := [key for key in ('model_kwargs', 'gp', 'in_chans') if key in recipe]:
         raise UserError(f'{path}: gives {" and ".join(wrong)}; give arguments of networks by --models instead')
+    try:
+        scheduled_epochs(recipe)
+    except Exception as error:  # whatever timm makes of wrong options
+        raise UserError(f'{path}: no schedule can be made of it ({reason(error)}); correct it') from error
     if args.amp:
         recipe.update(amp=True, amp_dtype='bfloat16')
     if not args.train_py:

@@ -75,7 +75,7 @@ def check_recipe(recipe: Dict[str, Any]) -> None:
     needed |= {'amp_dtype'} if recipe.get('amp') else set()
     known = {key: VALUES.get(key, [value]) for key, value in recipe.items() if key in NEEDED | OPTIONAL}
     wrong = [f'{key}: {value}' for key, value in recipe.items() if value not in known.get(key, [])]
-    wrong += [f'opt_kwargs: {key}' for key in recipe.get('opt_kwargs', {}) if key != 'filter_bias_and_bn']
+    wrong += [f'opt_kwargs: {key}' for key in recipe.get('opt_kwargs') or {} if key != 'filter_bias_and_bn']
     wrong += [f'no {key}' for key in sorted(needed - recipe.keys())]
     if wrong:
         raise UserError(f"the recipe has {', '.join(wrong)}; that needs timm's train.py: give TRAIN_PY, too")
@@ -87,7 +87,8 @@ def _options(recipe: Dict[str, Any]) -> argparse.Namespace:
 
 
 def _optimizer(model: nn.Module, recipe: Dict[str, Any], **kwargs: Any) -> torch.optim.Optimizer:
-    return create_optimizer_v2(model, **optimizer_kwargs(_options(recipe)), **recipe.get('opt_kwargs', {}), **kwargs)
+    more = {**(recipe.get('opt_kwargs') or {}), **kwargs}
+    return create_optimizer_v2(model, **optimizer_kwargs(_options(recipe)), **more)
 
 
 def learning_rates(recipe: Dict[str, Any], updates_per_epoch: int) -> List[float]:

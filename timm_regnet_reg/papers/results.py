@@ -92,8 +92,10 @@ class Run:
         settings = json.dumps([self.recipe, self.images], sort_keys=True).encode()
         values = {**vars(self), 'model': self.row.model, 'arguments': self.row.arguments}
         values.update(images=self.images['validation'], epochs=scheduled_epochs(self.recipe))
-        precision = self.recipe.get('amp_dtype', 'float16') if self.recipe.get('amp') else 'float32'  # as train.py
-        precision = self.recipe.get('model_dtype', precision)
+        if self.recipe.get('amp'):
+            precision = self.recipe.get('amp_dtype') or 'float16'  # as train.py
+        else:
+            precision = self.recipe.get('model_dtype') or 'float32'
         values['precision'] = 'bf16' if precision == 'bfloat16' else precision
         values['settings'] = hashlib.sha256(settings).hexdigest()[:12]
         return {key: str(values[key]) for key in IDENTITY}
