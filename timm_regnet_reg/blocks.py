@@ -198,8 +198,8 @@ def fuse_batch_norms(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         convs = [before, module.fusion_conv_x] if name == 'fusion_bn' else [before]
         can_fuse = all(type(conv) is nn.Conv2d and isinstance(conv.weight, nn.Parameter) for conv in convs)
-        is_bn = type(child) in BATCH_NORMS and child.running_mean is not None and name != 'regulator_bn'
-        if is_bn and can_fuse:
+        is_bn = type(child) in BATCH_NORMS and child.running_mean is not None
+        if is_bn and can_fuse and name != 'regulator_bn':  # which follows no convolution
             for x_conv in convs[1:]:  # the BN is of the sum; its shift goes with H's part
                 zero = torch.zeros_like(child.running_mean)
                 x_conv.weight, _ = fuse_conv_bn_weights(

@@ -41,6 +41,7 @@ def _read_checkpoint(path: str, use_ema: bool) -> Tuple[Dict[str, torch.Tensor],
         # --split-bn's auxiliary norms serve training alone
         state_dict = {key: value for key, value in weights.items() if '.aux_bn.' not in key}
         train_args = {**vars(checkpoint['args']), 'by_reproduce': 'momenta' in checkpoint}
+        train_args['model_kwargs'] = train_args.get('model_kwargs') or {}
         epochs = f'{int(checkpoint["epoch"]) + 1} of {scheduled_epochs(train_args)}'
     except Exception as error:  # torch raises whatever it stumbles over
         raise UserError(
@@ -60,8 +61,8 @@ def _recipe(path: str, model: torch.nn.Module, train_args: Dict[str, Any]) -> Tu
     arguments = {k: v for k, v in get_model_args(model).items() if k not in ('num_classes', 'in_chans', 'global_pool')}
     architecture, given = model.pretrained_cfg['architecture'], str(train_args.get('model'))
     name_of_run = given if given.split('.')[0] == architecture else architecture  # with the tag of what it started from
-    given_args = train_args.get('model_kwargs') or {}  # drop rates train.py takes as options of its own
-    drops = {k.removesuffix('_rate'): v for k, v in given_args.items() if k.startswith('drop_')}
+    # which train.py takes as options of its own
+    drops = {k.removesuffix('_rate'): v for k, v in train_args['model_kwargs'].items() if k.startswith('drop_')}
     run = {**train_args, 'model': name_of_run, 'model_kwargs': arguments, **drops}
     changed = [f'{key} {run.get(key)} instead of {value}' for key, value in recipe.items() if run.get(key) != value]
     keys = (*recipe, 'model', 'num_classes', 'model_kwargs', 'seed', 'epochs', 'lr', 'amp', 'amp_dtype', *drops)
@@ -90,7 +91,7 @@ def _build(name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Te
         'in_chans': train_args.get('in_chans') or (train_args.get('input_size') or [None])[0],
         'global_pool': train_args.get('gp'),
         'bn_eps': train_args.get('bn_eps'),
-        **(train_args.get('model_kwargs') or {}),
+        **train_args['model_kwargs'],
     }
     how_made = inspect.signature(timm.create_model).parameters  # and not what the network is
     model_args = {key: value for key, value in given.items() if key not in how_made and value is not None}
@@ -109,12 +110,12 @@ def _build(name: str, train_args: Dict[str, Any], state_dict: Dict[str, torch.Te
 
 def _license(model: torch.nn.Module, train_args: Dict[str, Any]) -> str:
     """That of the weights that the training started from, or apache-2.0; a UserError if it isn't known."""
-    start, license = train_args.get('initial_checkpoint') or train_args.get('pretrained_path'), None
-    if not start:
-        start, license = train_args['model'], model.pretrained_cfg.get('license')
-        if not train_args.get('pretrained') and not (train_args.get('model_kwargs') or {}).get('pretrained'):
-            license = 'apache-2.0'
+    own_file = train_args.get('initial_checkpoint') or train_args.get('pretrained_path')
+    if not (own_file or train_args.get('pretrained') or train_args['model_kwargs'].get('pretrained')):
+        return 'apache-2.0'
+    license = None if own_file else model.pretrained_cfg.get('license')
     if not license:
+        start = own_file or train_args['model']
         raise UserError(f'the license of {start}, where the training started, is not known; give one by --license')
     return str(license)
 

@@ -82,7 +82,7 @@ def _count(row: Row, dataset: str) -> Dict[str, int]:
 
 def _options(run: Run, recipe: Path) -> List[str]:
     """What train.py is given of a run."""
-    amp = ['--amp', '--amp-dtype', run.recipe.get('amp_dtype') or 'float16'] if run.recipe.get('amp') else []
+    amp = ['--amp', '--amp-dtype', run.amp_dtype] if run.amp_dtype else []
     kwargs = ['--model-kwargs', *shlex.split(run.row.arguments)] if run.row.arguments else []
     data = f'--num-classes {CLASSES[run.dataset]} --input-size 3 {SIZE} {SIZE} --crop-pct 1'.split()
     return ['--config', str(recipe), *amp, '--model', run.row.model, *kwargs, '--seed', str(run.seed), *data]
@@ -114,7 +114,7 @@ def train_by_script(run: Run, folder: Path, script: List[str]) -> Dict[str, Any]
     with open(log, 'ab') as file:
         package = Path(__file__).parents[2]  # where -m looks first: for this package, and not a clone's
         code = subprocess.run(command, cwd=package, stdin=subprocess.DEVNULL, stdout=file, stderr=file).returncode
-    last = [line for line in _summary(folder) if int(line['epoch']) == scheduled_epochs(run.recipe) - 1]
+    last = [line for line in _summary(folder) if int(line['epoch']) == int(run.identity['epochs']) - 1]
     if code or not last:
         end = '\n  '.join(log.read_text(errors='replace').splitlines()[-5:])
         raise UserError(f'train.py ended with code {code}; the end of {log}:\n  {end}')

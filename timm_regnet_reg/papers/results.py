@@ -9,6 +9,7 @@ import re
 import shlex
 import statistics
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
@@ -87,15 +88,17 @@ class Run:
         return f'{self.row}, seed {self.seed}'
 
     @property
+    def amp_dtype(self) -> str:
+        """Of the automatic mixed precision, with train.py's default; '' without it."""
+        return (self.recipe.get('amp_dtype') or 'float16') if self.recipe.get('amp') else ''
+
+    @cached_property
     def identity(self) -> Dict[str, str]:
         """The columns `IDENTITY`; `settings` is a digest of what the runs of a table are given alike."""
         settings = json.dumps([self.recipe, self.images], sort_keys=True).encode()
         values = {**vars(self), 'model': self.row.model, 'arguments': self.row.arguments}
         values.update(images=self.images['validation'], epochs=scheduled_epochs(self.recipe))
-        if self.recipe.get('amp'):
-            precision = self.recipe.get('amp_dtype') or 'float16'  # as train.py
-        else:
-            precision = self.recipe.get('model_dtype') or 'float32'
+        precision = self.amp_dtype or self.recipe.get('model_dtype') or 'float32'
         values['precision'] = 'bf16' if precision == 'bfloat16' else precision
         values['settings'] = hashlib.sha256(settings).hexdigest()[:12]
         return {key: str(values[key]) for key in IDENTITY}
@@ -103,9 +106,9 @@ class Run:
     @property
     def name(self) -> str:
         """Of the run's folder."""
-        facts = self.identity
         # 'stage(3,)' becomes 'stage3'; '.', ',' and '-' stay, by which numbers differ
-        facts['arguments'] = re.sub(r'[^\w.,-]|,(?=\))', '', self.row.arguments.replace('regulated_stages', 'stage'))
+        arguments = re.sub(r'[^\w.,-]|,(?=\))', '', self.row.arguments.replace('regulated_stages', 'stage'))
+        facts = {**self.identity, 'arguments': arguments}
         names = (facts[key] for key in ('dataset', 'schedule', 'engine', 'precision', 'model', 'arguments'))
         return f'{"-".join(filter(None, names))}-seed{self.seed}-{facts["settings"]}'
 
