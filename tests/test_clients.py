@@ -13,6 +13,8 @@ from networks import TINY, assert_close
 from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_regnet_reg.pretrained import WEIGHTS_FOLDER
+
 NETWORKS = ('resnet18', 'regnet_reg_resnet18_convrnn', 'regnet_reg_resnet18_convgru', 'regnet_reg_resnet18_convlstm')
 
 
@@ -171,6 +173,17 @@ def test_transformers_starts_a_regulated_network_from_plain_weights(name, tmp_pa
         config.architecture = name
         loaded = TimmWrapperForImageClassification.from_pretrained(tmp_path, config=config).eval()
         assert_close(loaded(images()).logits, network(images()))
+
+
+def test_transformers_loads_packaged_networks(packaged):
+    client('transformers')
+    from transformers import AutoModelForImageClassification
+
+    for folder in (packaged, *(file.parent for file in WEIGHTS_FOLDER.glob('*/config.json'))):
+        network = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
+        assert_close(outputs(loaded, images(size=32)).logits, outputs(network, images(size=32)))
+        assert list(loaded.config.id2label.values()) == network.pretrained_cfg['label_names']
 
 
 def test_accelerate_loads_a_whole_checkpoint_and_no_other(model, tmp_path):

@@ -99,6 +99,7 @@ def save_folder(
         with suppress(OSError):  # safetensors lets nobody else read its files; some mounts know no permissions
             shutil.copymode(new / CONFIG, new / WEIGHTS)
         config = json.loads((new / CONFIG).read_text(encoding='utf-8'))
+        del config['model_args']['num_classes']  # which stands above, too; transformers takes no such argument
         (new / CARD).write_text(_model_card(name, result, data, license, details, reproduce), encoding='utf-8')
         config.update(sha256=file_sha256(new / WEIGHTS), card_sha256=file_sha256(new / CARD))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
