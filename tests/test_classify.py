@@ -127,7 +127,7 @@ def test_photo_is_turned_as_the_camera_was(photo, tmp_path):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (dict(num_classes=2, label_names=['a', 'b']), 'classes apart, but its config has num_classes 2'),
+        (dict(num_classes=2, model_args={'num_classes': 3}), '3 classes apart, but its config has num_classes 2'),
         (dict(model_args={'num_classes': 5}), 'tells 5 classes apart'),
         (dict(label_names=['a', 'b']), "label_names ['a', 'b']"),
         (dict(label_names={'a': 0, 'b': 1, 'c': 2}), "label_names {'a': 0"),

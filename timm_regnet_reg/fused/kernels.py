@@ -349,7 +349,9 @@ def kernels_total(
         total += load(part_ptr + at, (q < parts)[:, None] & n_exist[None, :])
         first += BQ
     total = tl.sum(total, 0)
-    tl.store(dwx_ptr + n * 9 + tap, total, mask=n_exist & (tap < 9))
-    if HAS_H:
-        tl.store(dwh_ptr + n * 9 + tap - 9, total, mask=n_exist & (tap >= 9) & (tap < 18))
-    tl.store(db_ptr + n, total, mask=n_exist & (tap == TAPS))
+    if tap < 9:
+        tl.store(dwx_ptr + n * 9 + tap, total, mask=n_exist)
+    elif tap == TAPS:
+        tl.store(db_ptr + n, total, mask=n_exist)
+    elif HAS_H:
+        tl.store(dwh_ptr + n * 9 + tap - 9, total, mask=n_exist)
