@@ -98,6 +98,9 @@ def test_checkpoint_of_an_earlier_version_is_the_same_network_bit_for_bit(tmp_pa
         again = timm.create_model('regnet_reg_resnet20_convlstm').eval()
         read(again, tmp_path / 'old.pth.tar', **kwargs)
         assert torch.equal(again(images(model)), model(images(model)))
+    keys = list(old)
+    again = load('regnet_reg_resnet20_convlstm', pretrained_cfg_overlay=dict(state_dict=old))
+    assert torch.equal(again(images(model)), model(images(model))) and list(old) == keys
 
 
 @pytest.mark.parametrize(
