@@ -212,6 +212,7 @@ def test_feature_extractors_give_the_intermediate_features(net, kwargs, feature_
         assert_close(actual, expected)
     if feature_cls in ('list', 'fx'):
         assert_close(torch.jit.script(extractor)(x), expected)
+    assert type(create(net, features_only=True, feature_cfg=dict(feature_cls=feature_cls))) is type(extractor)
     assert extractor.feature_info.channels() == [e.shape[1] for e in expected]
     assert extractor.feature_info.reduction() == [x.shape[2] // e.shape[2] for e in expected]
 
@@ -613,6 +614,11 @@ def test_takes_what_timms_resnet_takes(net, kwargs):
 def test_bad_arguments_are_named(net, kwargs, message):
     with pytest.raises(ValueError, match=message):
         create(net, **kwargs)
+
+
+def test_bad_arguments_of_any_backbone_are_named():
+    with pytest.raises(ValueError, match='Output stride 7 .*8, 16, 32'):
+        timm.create_model('regnet_reg', output_stride=7)
 
 
 def test_a_network_made_by_its_class_names_the_cells_and_has_cifars_classes():
