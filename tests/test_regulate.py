@@ -168,6 +168,7 @@ def test_fusion_starts_with_the_statistics_of_what_it_normalizes():
     with torch.no_grad():
         for p in (model.layer1[0].bn2.weight, model.layer1[0].bn2.bias):
             p[0] = 0  # a channel that says nothing, as training may leave it
+        model.layer1[0].bn2.weight[1:9], model.layer1[0].bn2.bias[1:9] = 1, torch.linspace(-8.38, -8.36, 8)  # nor these
     regulated = regulate(model)
     noise = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for name, bn in [('layer1.0', model.layer1[0].bn2), ('layer4.1', model.layer4[1].bn2)]:
@@ -176,6 +177,7 @@ def test_fusion_starts_with_the_statistics_of_what_it_normalizes():
         torch.testing.assert_close(fusion_bn.running_mean.double(), X.mean(0), rtol=0.02, atol=0.01)
         torch.testing.assert_close(fusion_bn.running_var.double(), X.var(0), rtol=0.02, atol=0.01)
         assert fusion_bn.running_mean.std() > 0.05, 'the comparison is empty'
+        assert (fusion_bn.running_var >= 0).all()
 
 
 # What is kept
