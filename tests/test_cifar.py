@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from timm_regnet_reg.__main__ import main
+from timm_regnet_reg.commands import cifar
 
 CLASSES = [f'class{i}' for i in range(10)]
 
@@ -94,6 +95,15 @@ def test_a_damaged_download_leaves_nothing(archive, tmp_path, capsys):
     assert main(['cifar', str(tmp_path / 'out')]) == 1
     assert 'could not be downloaded' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
+
+
+def test_cifar100_is_another_download(archive, tmp_path, capsys, monkeypatch):
+    def away(*args, **kwargs):
+        raise OSError('CIFAR-100 is away')
+
+    monkeypatch.setattr(cifar, 'CIFAR100', away)
+    assert main(['cifar', str(tmp_path / 'out'), '--dataset', 'cifar100']) == 1
+    assert 'cifar100: could not be downloaded (CIFAR-100 is away)' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

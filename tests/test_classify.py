@@ -10,11 +10,12 @@ import timm
 import torch
 from conftest import CLASSES, MODEL
 from PIL import Image
+from timm.data import ImageDataset
 
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.weights.inference import class_labels, load_model
-from timm_regnet_reg.weights.scoring import read_image
+from timm_regnet_reg.weights.scoring import ImageFolder, read_image
 
 
 @pytest.fixture
@@ -111,17 +112,20 @@ def test_every_mode_of_image(mode, tmp_path):
 
 
 def test_sixteen_bits_of_grey_are_scaled_to_eight(tmp_path):
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / 'deep.png')
-    assert (np.asarray(read_image(tmp_path / 'deep.png')) == grey[..., None]).all()
+    deep = np.arange(2**16, dtype=np.uint16).reshape(2**8, 2**8)
+    Image.fromarray(deep).save(tmp_path / 'deep.png')
+    assert (np.asarray(read_image(tmp_path / 'deep.png')) == np.round(deep / 257)[..., None]).all()
 
 
-def test_photo_is_turned_as_the_camera_was(photo, tmp_path):
+def test_photo_is_turned_as_the_camera_was_and_data_is_as_timms(photo, tmp_path):
     upright = Image.open(photo)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise
-    upright.rotate(90).save(tmp_path / 'turned.png', exif=exif)
-    assert np.array_equal(read_image(tmp_path / 'turned.png'), upright)
+    (tmp_path / 'class').mkdir()
+    upright.rotate(90).save(tmp_path / 'class' / 'turned.png', exif=exif)
+    assert np.array_equal(read_image(tmp_path / 'class' / 'turned.png'), upright)
+    for data in (ImageFolder(tmp_path, {'input_size': (3, 32, 32)}, num_classes=1), ImageDataset(str(tmp_path))):
+        assert np.array_equal(data[0][0], upright.rotate(90))
 
 
 @pytest.mark.parametrize(

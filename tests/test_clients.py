@@ -173,6 +173,10 @@ def test_transformers_starts_a_regulated_network_from_plain_weights(name, tmp_pa
         config.architecture = name
         loaded = TimmWrapperForImageClassification.from_pretrained(tmp_path, config=config).eval()
         assert_close(loaded(images()).logits, network(images()))
+        state = copy.deepcopy(loaded.state_dict())
+        for stage in loaded.timm_model.stages():
+            stage.init_non_persistent_buffers()  # it is done already
+        assert all(torch.equal(state[key], value) for key, value in loaded.state_dict().items())
 
 
 def test_transformers_loads_packaged_networks(packaged):

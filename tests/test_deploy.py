@@ -46,7 +46,8 @@ def test_reparameterized_network_gives_the_same_outputs(net):
     assert_close(inside_another(x), model(x), FOLDED)
     for other, same in ((synchronised, folded), (reparameterize_model(inside_another), inside_another)):
         assert torch.equal(other(x), same(x))
-    assert_close(folded.double()(x.double()), copy.deepcopy(model).double()(x.double()), 1e-6)
+    double = copy.deepcopy(model).double()
+    assert_close(reparameterize_model(double)(x.double()), double(x.double()), 1e-9)
     for left in (folded, synchronised):
         kinds = {type(module) for stage in left.stages() for module in stage.modules()}
         assert not kinds & {nn.BatchNorm2d, nn.SyncBatchNorm}, 'batch norms outside the stem'
@@ -110,7 +111,11 @@ def test_what_users_put_in_place_of_layers_is_reparameterized_as_far_as_it_goes(
         for conv in (model.layer1[0].conv2, model.layer2[0].fusion_conv_x):
             prune.l1_unstructured(conv, 'weight', 0.5)
 
-    for change in (bare_shortcut, own_stage, standardised, pruned):
+    def without_statistics(model):
+        for name in ('bn1', 'regulator_bn', 'fusion_bn'):
+            setattr(model.layer1[0], name, nn.BatchNorm2d(16, track_running_stats=False))
+
+    for change in (bare_shortcut, own_stage, standardised, pruned, without_statistics):
         model = lively('basic')
         x = images(model)
         with torch.no_grad():
@@ -208,7 +213,7 @@ def test_command_writes_both_files_and_prints_difference_and_accuracies(run, pac
     assert f'{tmp_path}/net.int8.onnx: top-1' in quantized and '12 images' in quantized
 
 
-def test_int8_is_calibrated_on_images_as_the_network_is_used_on_them(data_dir):
+def test_int8_is_calibrated_on_images_as_the_network_is_used_on_them(data_dir, monkeypatch):
     """Training images with the border that `regnet-reg cifar` gives them, in which the recipes crop."""
     for path in (data_dir / 'train').rglob('*.png'):
         ImageOps.expand(Image.open(path), 4).save(path)
@@ -221,6 +226,12 @@ def test_int8_is_calibrated_on_images_as_the_network_is_used_on_them(data_dir):
     assert len(calibration) == 12
     for (image, _), index in zip(calibration, calibration.indices):
         assert torch.equal(image, expected[names[index]])
+    monkeypatch.setattr(export, 'CALIBRATION_IMAGES', 8)  # of 12, four a class
+    data_config['input_size'] = (3, 40, 40)  # there the border is part of the image
+    calibration, _ = export._images(str(data_dir), model, data_config)
+    assert len(calibration) == 8 and {label for _, label in calibration} == {0, 1, 2}
+    bordered = Image.open(data_dir / 'train' / names[calibration.indices[0]])
+    assert torch.equal(calibration[0][0], create_transform(**data_config)(bordered))
 
 
 @with_onnx
@@ -234,11 +245,15 @@ def test_file_that_differs_is_not_kept(run, packaged, tmp_path, monkeypatch):
 
 
 @with_onnx
-def test_file_with_outputs_that_are_not_finite_does_not_pass_for_equal(tmp_path, monkeypatch):
+def test_file_with_outputs_that_are_not_finite_or_wrong_for_a_batch_does_not_pass_for_equal(tmp_path, monkeypatch):
     model = lively('cifar')
     monkeypatch.setattr(export, 'OnnxModel', lambda path: lambda images: model(images).fill_(torch.nan))
     with pytest.raises(UserError, match='bad.onnx: the outputs are not finite'):
         export.largest_difference(model, tmp_path / 'bad.onnx')
+    monkeypatch.setattr(
+        export, 'OnnxModel', lambda path: lambda images: model(images) * (1.5 if len(images) > 1 else 1)
+    )
+    assert export.largest_difference(model, tmp_path / 'bad.onnx') == pytest.approx(0.5), 'wrong for one batch size'
 
 
 def rename(*folders):

@@ -11,7 +11,7 @@ import torch
 from networks import TINY, enliven, images
 from timm.models import load_checkpoint, push_to_hf_hub, resolve_model_input_args, resume_checkpoint, save_for_hf
 
-from timm_regnet_reg import pretrained, regulate
+from timm_regnet_reg import pretrained, regnet_reg, regulate
 
 
 def save(model, folder):
@@ -46,6 +46,7 @@ def network(name, regulate_kwargs, **kwargs):
         ('regnet_reg', dict(stages=(4,)), dict(TINY, backbone='resnet50t', regulated_stages=())),
         # without regulate
         ('regnet_reg', None, dict(TINY, backbone='resnext50_32x4d', cell='convrnn', regulated_stages=(2, 4))),
+        ('regnet_reg', None, dict(backbone='cifar_resnet20.cifar10', cell='convgru')),
         ('regnet_reg_resnet50_convlstm', None, dict(TINY, regulated_stages=(1,), act_layer='silu')),
         ('regnet_reg_resnet20_convgru', None, dict(shortcut='pad', output_stride=4)),
     ],
@@ -98,6 +99,9 @@ def test_checkpoint_of_an_earlier_version_is_the_same_network_bit_for_bit(tmp_pa
         again = timm.create_model('regnet_reg_resnet20_convlstm').eval()
         read(again, tmp_path / 'old.pth.tar', **kwargs)
         assert torch.equal(again(images(model)), model(images(model)))
+    keys = list(old)
+    again = load('regnet_reg_resnet20_convlstm', pretrained_cfg_overlay=dict(state_dict=old))
+    assert torch.equal(again(images(model)), model(images(model))) and list(old) == keys
 
 
 @pytest.mark.parametrize(
@@ -114,6 +118,7 @@ def test_packaged_weights_bring_their_arguments(tmp_path, monkeypatch, name, mad
     save(model, tmp_path / f'{name}.tag')
     monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', tmp_path)
     cfg = pretrained.trained_cfgs()[f'{name}.tag']
+    assert regnet_reg._default_cfgs()[name].cfgs['tag'].file == cfg.file
     loaded, x = load(name, pretrained_cfg=cfg), images(model)
     assert torch.equal(loaded(x), model(x))
     assert torch.equal(load(save(loaded, tmp_path / 'again'))(x), model(x))

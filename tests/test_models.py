@@ -28,7 +28,7 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 import timm_regnet_reg
 from timm_regnet_reg import cells
 from timm_regnet_reg.cells import ConvGRU, ConvLSTM
-from timm_regnet_reg.networks import RegulatedResNet
+from timm_regnet_reg.networks import CifarRegulatedResNet, RegulatedResNet
 
 IMAGENET = IN_TIMM + ('resnext50_2x40d', 'resnext50_4x24d', 'resnext50_8x14d')
 CIFAR = tuple(f'{kind}{depth}' for kind in ('resnet', 'seresnet') for depth in (20, 32, 44, 56, 110))
@@ -81,6 +81,8 @@ def test_default_cfg_and_feature_info_describe_the_network(name):
     else:
         assert (cfg['input_size'][0], cfg['num_classes']) == (3, 1000)
         assert (cfg['mean'], cfg['std']) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        if backbone_of(name) not in IN_TIMM:  # or it has timm's
+            assert (cfg['crop_pct'], cfg['interpolation']) == (224 / 256, 'bicubic')
     assert isinstance(model.get_submodule(cfg['first_conv']), nn.Conv2d)
     assert model.get_submodule(cfg['classifier']).out_features == model.num_classes == cfg['num_classes']
 
@@ -210,6 +212,7 @@ def test_feature_extractors_give_the_intermediate_features(net, kwargs, feature_
         assert_close(actual, expected)
     if feature_cls in ('list', 'fx'):
         assert_close(torch.jit.script(extractor)(x), expected)
+    assert type(create(net, features_only=True, feature_cfg=dict(feature_cls=feature_cls))) is type(extractor)
     assert extractor.feature_info.channels() == [e.shape[1] for e in expected]
     assert extractor.feature_info.reduction() == [x.shape[2] // e.shape[2] for e in expected]
 
@@ -267,6 +270,8 @@ def test_pruned_network_keeps_the_features_asked_for(net):
     whole = copy.deepcopy(model)
     whole.prune_intermediate_layers(1, prune_head=False)
     assert torch.equal(whole(x), model(x))
+    whole.prune_intermediate_layers([1], prune_head=False)
+    assert {key.split('.')[0] for key in whole.state_dict()} == {'conv1', 'bn1', 'layer1'}
 
 
 @pytest.mark.parametrize('net', ['cifar', 'basic se'])
@@ -532,18 +537,19 @@ def test_no_state_survives_a_forward(net):
 # Arguments
 
 
-def test_drop_rates():
+@pytest.mark.parametrize('net, plain', [('basic', 'resnet18'), ('bottleneck', 'resnet50')])
+def test_drop_rates(net, plain):
     rates = dict(drop_path_rate=0.5, drop_block_rate=0.2, drop_rate=0.3)
 
     def drops(model):
         return {name: (type(m), m.drop_prob) for name, m in model.named_modules() if hasattr(m, 'drop_prob')}
 
-    model = lively('bottleneck', **rates)
-    assert drops(model) == drops(timm.create_model('resnet50', **TINY, **rates)) != {}
+    model = lively(net, **rates)
+    assert drops(model) == drops(timm.create_model(plain, **TINY, **rates)) != {}
     x = images(model)
-    assert torch.equal(model(x), lively('bottleneck')(x))
+    assert torch.equal(model(x), lively(net)(x))
     for name, rate in rates.items():
-        model = lively('bottleneck', **{name: rate}).train()
+        model = lively(net, **{name: rate}).train()
         assert not torch.equal(model(x), model(x)), name
 
 
@@ -591,6 +597,7 @@ def test_takes_what_timms_resnet_takes(net, kwargs):
         ('cifar', dict(shortcut='identity'), r"'identity'.*conv, pad, none"),
         ('cifar', dict(shortcut='none', zero_init_last=True), 'zero_init_last'),
         ('basic', dict(in_chans=0), 'in_chans=0 .* 1 or more'),
+        ('basic', dict(in_chans='3'), "in_chans='3' .* 1 or more"),
         ('basic', dict(output_stride=7), 'Output stride 7 .*8, 16, 32'),
         ('cifar', dict(output_stride=7), 'Output stride 7 .*2, 4, 8, 16, 32'),
         ('basic', dict(features_only=True, out_indices=(5,)), r'out_indices=\(5,\) .* 0 to 4'),
@@ -609,9 +616,15 @@ def test_bad_arguments_are_named(net, kwargs, message):
         create(net, **kwargs)
 
 
-def test_a_network_made_by_its_class_names_the_cells():
+def test_bad_arguments_of_any_backbone_are_named():
+    with pytest.raises(ValueError, match='Output stride 7 .*8, 16, 32'):
+        timm.create_model('regnet_reg', output_stride=7)
+
+
+def test_a_network_made_by_its_class_names_the_cells_and_has_cifars_classes():
     with pytest.raises(ValueError, match=r"'lstm'.*convrnn, convgru, convlstm"):
         RegulatedResNet(BasicBlock, (1, 1, 1, 1), cell='lstm')
+    assert CifarRegulatedResNet(BasicBlock, (1, 1, 1)).num_classes == 10
 
 
 @pytest.mark.parametrize(

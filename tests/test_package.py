@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import errno
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ from timm_regnet_reg import pretrained
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.weights.folder import FILES, check_folder, file_sha256
+from timm_regnet_reg.weights.scoring import ImageFolder, score
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def contents(folder):
 
 
 def assert_same_outputs(folder, network, channels=3):
-    images = torch.randn(2, channels, 32, 32)
+    images = torch.randn(2, channels, 48, 48)  # larger than the stride of ImageNet's networks
     assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(images), network(images))
 
 
@@ -88,9 +90,10 @@ def test_card_says_how_well_on_what_and_how_to_reproduce(trained, packaged, imag
         '| Recipe | recipe.yaml |',
         '| Epochs | 3 of 3 |',
         '| Seed | 7 |',
+        '| Weights | as trained, not averaged |',
         torch.__version__,
         timm.__version__,
-        'train.py --config args.yaml',
+        '`python train.py --config args.yaml',
     ):
         assert text in card.text
     options = yaml.safe_load(card.text.split('```yaml')[1].split('```')[0])
@@ -106,20 +109,23 @@ def test_card_says_how_well_on_what_and_how_to_reproduce(trained, packaged, imag
 
 
 def test_ema_weights_on_request(trained, package, tmp_path):
-    assert package('--use-ema')[0] == 0
+    code, err = package('--use-ema', batch_size=5)
+    assert code == 0 and '3/3' in err  # the progress bar's batches
     assert_same_outputs(tmp_path / f'out/{MODEL}.tiny', trained.ema)
+    assert '| Weights | exponential moving' in (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
     code, err = package('--use-ema', change=lambda c: c.pop('state_dict_ema'))
     assert code == 1 and 'no EMA weights' in err and '--model-ema' in err
 
 
 def test_card_tells_what_the_run_changed_in_its_recipe_and_that_it_was_resumed(package, tmp_path):
     (tmp_path / 'recipe.yaml').write_text('epochs: 164\nopt: sgd\n')
-    run = set_args(resume='old.pth.tar', amp=True, amp_dtype='bfloat16', cooldown_epochs=2)
-    assert package(change=run, recipe=tmp_path / 'recipe.yaml')[0] == 0
+    run = set_args(resume='old.pth.tar', amp=True, amp_dtype='bfloat16', cooldown_epochs=2, world_size=2)
+    assert package(change=run, recipe=tmp_path / 'recipe.yaml', data_name='noise | or not')[0] == 0
     card = (tmp_path / f'out/{MODEL}.tiny/README.md').read_text()
     assert 'recipe.yaml with epochs 3 instead of 164 |' in card
     assert '| Seed | 7 after the last resumption |' in card and '| Epochs | 3 of 5 |' in card
     assert 'amp_dtype: bfloat16' in card and 'regnet-reg reproduce' not in card
+    assert '`torchrun --nproc_per_node=2 train.py ' in card and r'| Data | noise \| or not |' in card
 
 
 def test_packaging_again_gives_the_same_bytes_and_leaves_nothing_else(packaged, package, tmp_path, monkeypatch):
@@ -129,6 +135,12 @@ def test_packaging_again_gives_the_same_bytes_and_leaves_nothing_else(packaged, 
         assert contents(tmp_path / f'out/{MODEL}.tiny') == contents(packaged)
     monkeypatch.setattr(pretrained, 'WEIGHTS_FOLDER', tmp_path / 'out')
     assert package()[0] == 0, 'it can write straight into the folder of packaged weights'
+
+    def no_modes(*args, **kwargs):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, 'chmod', no_modes)
+    assert package()[0] == 0, 'also on a file system that cannot change modes'
 
 
 class Bomb:
@@ -193,6 +205,7 @@ def no_scoring(monkeypatch):
         ({'workers': -1}, 'from 0 to'),
         ({'device': 'cuda:99'}, '--device cuda:99: expected cpu'),
         ({'split': '.'}, "--split '.'"),
+        ({'split': 'validation/..'}, "--split 'validation/..'"),
         ({'output': '/proc/here'}, 'cannot be written'),
     ],
 )
@@ -212,11 +225,14 @@ def test_arguments_are_checked_before_the_work(package, no_scoring, tmp_path, mo
         (lambda d: (d / 'validation/bee').rename(d / 'validation/eel'), 'missing: bee; added: eel'),
     ],
 )
-def test_data_must_be_of_the_classes_that_were_trained(package, no_scoring, tmp_path, image_folder, change, words):
+@pytest.mark.parametrize('split', ['train', 'training'])
+def test_data_must_be_of_the_classes_that_were_trained(
+    package, no_scoring, tmp_path, image_folder, split, change, words
+):
     images = shutil.copytree(image_folder, tmp_path / 'images')
-    shutil.copytree(images / 'validation', images / 'train')
+    shutil.copytree(images / 'validation', images / split)
     change(images)
-    code, err = package(data_dir=images)
+    code, err = package(data_dir=images, change=None if split == 'train' else set_args(train_split=split))
     assert code == 1 and words in err and str(images) in err
     assert not (tmp_path / 'out').exists()
 
@@ -231,6 +247,14 @@ def test_image_that_cannot_be_read_is_named(package, tmp_path, image_folder, wor
     assert not (tmp_path / 'out').exists()
 
 
+def test_outputs_that_are_not_finite_make_no_score(trained, image_folder):
+    model = copy.deepcopy(trained.model)
+    torch.nn.init.constant_(model.fc.bias, torch.nan)
+    config = resolve_data_config(model=model)
+    with pytest.raises(UserError, match='scoring: the outputs are not finite'):
+        score(model, ImageFolder(image_folder / 'validation', config, num_classes=3), config, workers=0)
+
+
 def test_one_channel_run_loads_and_classifies(package, tmp_path, image_folder):
     model = timm.create_model(MODEL, num_classes=3, in_chans=1).eval()
 
@@ -242,6 +266,13 @@ def test_one_channel_run_loads_and_classifies(package, tmp_path, image_folder):
     folder = tmp_path / f'out/{MODEL}.tiny'
     assert_same_outputs(folder, model, channels=1)
     assert main(['classify', '--model', f'local-dir:{folder}', str(image_folder / 'validation/bee/2.png')]) == 0
+
+
+def test_options_of_train_py_that_make_the_network_are_kept(package, tmp_path):
+    name, options = 'test_efficientnet', dict(in_chans=1, bn_eps=0.1)
+    network = timm.create_model(name, num_classes=3, global_pool='max', **options).eval()
+    assert package(change=run_of(name, network, gp='max', **options), model=name)[0] == 0
+    assert_same_outputs(tmp_path / f'out/{name}.tiny', network, channels=1)
 
 
 def test_auxiliary_norms_are_left_out(trained, package, tmp_path):
@@ -271,6 +302,7 @@ def assert_packaged(tmp_path, network, model=MODEL, source='', **arguments):
     options = yaml.safe_load(folder.card.text.split('```yaml')[1].split('```')[0])
     assert options['model'] == (source if source.startswith(f'{model}.') else model)
     assert options.get('model_kwargs', {}).items() >= arguments.items()
+    assert ('started from the network of a folder' in folder.card.text) == (':' in source)
     assert 'my-network' not in f'{folder.card} {folder.config}', "a place of ones own is nobody else's business"
 
 
@@ -307,7 +339,7 @@ def test_run_that_started_from_a_folder_or_repository(package, tmp_path, hub, mo
     source = source.format(here=tmp_path, commit=commit)
     tuned = timm.create_model(source, num_classes=3).eval()
     assert package(change=run_of(source, tuned), model=model)[0] == 0
-    assert_packaged(tmp_path, tuned, model=model, regulated_stages=[1])
+    assert_packaged(tmp_path, tuned, model, source, regulated_stages=[1])
     code, err = package(change=run_of(source, tuned), model='cifar_resnet20')
     assert code == 1 and f'is a checkpoint of {model}; give one of cifar_resnet20' in err
 
@@ -317,7 +349,7 @@ def test_options_of_the_run_count_for_more_than_its_sources(package, tmp_path):
     source = f'local-dir:{tmp_path}/my-network'
     tuned = timm.create_model(source, num_classes=3, regulated_stages=[2, 3]).eval()
     assert package(change=run_of(source, tuned, model_kwargs={'regulated_stages': [2, 3]}))[0] == 0
-    assert_packaged(tmp_path, tuned, regulated_stages=[2, 3], shortcut='pad')
+    assert_packaged(tmp_path, tuned, source=source, regulated_stages=[2, 3], shortcut='pad')
 
 
 def test_run_that_started_from_packaged_weights(package, tmp_path):
@@ -334,7 +366,7 @@ def test_license_is_that_of_the_weights_that_training_started_from(package, tmp_
         folder = check_folder(tmp_path / f'out/{model}.tiny')
         assert folder.card.data.license == folder.config['pretrained_cfg']['license'] == license
         assert f'| License of the weights | {license} |' in folder.card.text
-    gone = run_of('hf-hub:owner/gone', timm.create_model(MODEL, num_classes=3), pretrained=True)
+    gone = run_of('hf-hub:owner/gone', timm.create_model(MODEL, num_classes=3), model_kwargs={'pretrained': True})
     code, err = package(change=gone)
     assert code == 1 and 'the license of hf-hub:owner/gone, where the training started, is not known' in err
     assert package('--license', 'mit', change=gone)[0] == 0
@@ -349,8 +381,9 @@ def test_where_the_source_is_gone_the_weights_decide(package, tmp_path, hub, sou
     tuned = timm.create_model(MODEL, num_classes=3, regulated_stages=stages).eval()
     assert package(change=run_of(source, tuned))[0] == 0
     assert_packaged(tmp_path, tuned, source=source, regulated_stages=stages)
-    code, err = package(change=run_of(source, tuned), model='regnet_reg_resnet20_convgru')
-    assert code == 1 and 'does not fit --model regnet_reg_resnet20_convgru' in err
+    for other, told in (('regnet_reg_resnet20_convgru', 'size mismatch'), ('cifar_resnet20', 'weights are unexpected')):
+        code, err = package(change=run_of(source, tuned), model=other)
+        assert code == 1 and f'does not fit --model {other}' in err and told in err
 
 
 def test_card_edited_by_hand_is_replaced_only_if_asked_for(package, tmp_path):
@@ -390,6 +423,11 @@ def edit_config(folder, **changes):
     (folder / 'config.json').write_text(json.dumps({**config, **changes}))
 
 
+def edit_card(folder, found, instead):
+    card = folder / 'README.md'
+    card.write_text(card.read_text().replace(found, instead, 1))
+
+
 def rehash(folder, data):
     """Other weights with the right hash."""
     (folder / 'model.safetensors').write_bytes(data)
@@ -407,6 +445,7 @@ def rehash(folder, data):
         (shutil.rmtree, 'no such folder'),
         (lambda f: (f / 'README.md').unlink(), 'missing: README.md'),
         (lambda f: (f / 'README.md').write_text('---\nlicense: mit\n---\n'), 'no accuracy'),
+        (lambda f: edit_card(f, 'license: apache-2.0\n', ''), 'no license'),
         (lambda f: (f / 'README.md').write_text('---\na: [\n---\n'), 'not the front matter'),
     ],
 )

@@ -159,6 +159,8 @@ def test_a_tags_network_takes_weights_of_another_place_as_train_py_names_them(tm
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     assert model.num_classes == 10 and model.state_dict().keys() == own.state_dict().keys()
     assert torch.equal(model.layer3.regulator.pointwise, own.layer3.regulator.pointwise)
+    for given in (name, 'resnet18'):  # a cfg's input size decides, as in timm
+        assert timm.create_model(given, pretrained_cfg_overlay=dict(input_size=(1, 32, 32))).in_chans == 1
 
 
 @pytest.mark.parametrize('name', ['resnet18', WARM])
@@ -172,6 +174,8 @@ def test_overlay_names_other_weights(timm_hub, tmp_path, name):
         dict(file=str(tmp_path / 'other/model.safetensors')),
         dict(file=str(tmp_path / 'last.pth.tar')),
         dict(state_dict=other.state_dict()),
+        # of before torch 0.4.1
+        dict(state_dict={key: t for key, t in other.state_dict().items() if not key.endswith('num_batches_tracked')}),
     ):
         model = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=5)).eval()
         assert_close(model(images(model)), other(images(model)), 1e-4)
@@ -217,6 +221,8 @@ def test_warm_start_refuses_another_network(hub, resnet18, kwargs, key):
     state_dict.pop(key, None)
     with pytest.raises(RuntimeError, match=f'weights of {WARM} could not be loaded.*{re.escape(key)}'):
         timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state_dict), **kwargs)
+    lenient = dict(pretrained_strict=False, pretrained_cfg_overlay=dict(state_dict=state_dict))
+    timm.create_model(WARM, pretrained=True, **lenient, **kwargs)
 
 
 # Configs and lists
@@ -321,8 +327,14 @@ def test_overlay_of_trained_weights_with_another_repository_or_file(trained, fol
     hub.add_repo('owner/ema', files_of(trained.ema, tmp_path / 'ema'))
     x = images(trained.model)
     assert not torch.equal(trained.ema(x), trained.model(x))
-    for overlay in (dict(hf_hub_id='owner/ema'), dict(file=str(tmp_path / 'ema/model.safetensors'))):
-        assert torch.equal(load_registered(folder, pretrained_cfg_overlay=overlay)(x), trained.ema(x))
+    torch.save(trained.ema.state_dict(), tmp_path / 'ema.pth')
+    for overlay in (
+        dict(hf_hub_id='owner/ema'),
+        dict(file=str(tmp_path / 'ema/model.safetensors')),
+        dict(url=(tmp_path / 'ema.pth').as_uri()),
+    ):
+        model = load_registered(folder, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache')
+        assert torch.equal(model(x), trained.ema(x))
 
 
 def test_label_names_are_of_the_packaged_weights_and_of_no_others(tmp_path):
@@ -377,6 +389,7 @@ def test_every_folder_of_weights_is_whole_and_loads(folder, hub):
     assert torch.equal(model(images(model)), checked.model(images(model)))
     assert model.pretrained_cfg['tag'] == tag
     assert list(model.pretrained_cfg['label_names']) == checked.config['label_names']
+    assert not any(isinstance(value, list) for value in model.pretrained_cfg.values()), 'tuples, as in all cfgs of timm'
     assert hub.requests == []
 
 

@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from networks import CELLS, TINY, assert_close, enliven, images
 from timm.models import ResNet
+from timm.models.resnet import BasicBlock
 
 from timm_regnet_reg import regulate
 from timm_regnet_reg.blocks import RegulatedStage
@@ -112,7 +113,13 @@ def test_an_untrained_network_starts_as_its_backbone(name, plain, kwargs, again)
         assert (model(x) - expected).abs().max() > 3 * difference, 'the fusion makes no difference'
 
 
-@pytest.mark.parametrize('kwargs', [dict(act_layer='silu'), dict(norm_layer='groupnorm1')])
+def no_statistics(N, **kwargs):
+    return nn.BatchNorm2d(N, track_running_stats=False, **kwargs)
+
+
+@pytest.mark.parametrize(
+    'kwargs', [dict(act_layer='silu'), dict(norm_layer='groupnorm1'), dict(norm_layer=no_statistics)]
+)
 def test_an_untrained_network_of_other_layers_starts_with_the_kernel_alone(kwargs):
     block = timm.create_model('regnet_reg_resnet18_convgru', **TINY, **kwargs).layer1[0]
     W_x, W_h = block.fusion_conv_x.weight[:, :, 0, 0], block.fusion_conv_h.weight
@@ -158,6 +165,10 @@ def test_regulators_learn():
 
 def test_fusion_starts_with_the_statistics_of_what_it_normalizes():
     model = backbone('d')
+    with torch.no_grad():
+        for p in (model.layer1[0].bn2.weight, model.layer1[0].bn2.bias):
+            p[0] = 0  # a channel that says nothing, as training may leave it
+        model.layer1[0].bn2.weight[1:9], model.layer1[0].bn2.bias[1:9] = 1, torch.linspace(-8.38, -8.36, 8)  # nor these
     regulated = regulate(model)
     noise = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for name, bn in [('layer1.0', model.layer1[0].bn2), ('layer4.1', model.layer4[1].bn2)]:
@@ -166,6 +177,7 @@ def test_fusion_starts_with_the_statistics_of_what_it_normalizes():
         torch.testing.assert_close(fusion_bn.running_mean.double(), X.mean(0), rtol=0.02, atol=0.01)
         torch.testing.assert_close(fusion_bn.running_var.double(), X.var(0), rtol=0.02, atol=0.01)
         assert fusion_bn.running_mean.std() > 0.05, 'the comparison is empty'
+        assert (fusion_bn.running_var >= 0).all()
 
 
 # What is kept
@@ -249,6 +261,13 @@ def test_the_result_is_the_registered_network(kind, name):
         assert_close(torch.jit.script(regulated)(x), regulated(x))
     regulated.reset_classifier(5)
     assert regulated(x).shape == (2, 5)
+    assert regulated.default_cfg is regulated.pretrained_cfg
+
+
+def test_a_network_made_by_its_class_is_regulated():
+    model = enliven(ResNet(BasicBlock, (1, 1, 1, 1)))
+    x = torch.randn(2, 3, 32, 32)
+    assert_close(regulate(model)(x), model(x), 1e-4)
 
 
 # What is refused
@@ -282,18 +301,20 @@ not_affine = made('resnet18', norm_layer=lambda n, **kwargs: nn.BatchNorm2d(n, a
         (made('resnet18', features_only=True), TypeError, 'FeatureListNet'),
         (made('regnetx_002'), TypeError, 'RegNet'),
         (made('skresnet18'), TypeError, 'SelectiveKernelBasic'),
-        (lambda: Grandchild(timm.models.resnet.BasicBlock, (1, 1, 1, 1)), TypeError, 'Grandchild'),
+        (lambda: Grandchild(BasicBlock, (1, 1, 1, 1)), TypeError, 'Grandchild'),
         (lambda: torch.jit.script(small()), TypeError, 'RecursiveScriptModule'),
         (lambda: regulate(small()), ValueError, 'layer1.*regulated already'),
         (made('regnet_reg_resnet20_convgru', regulated_stages=(2,)), ValueError, 'layer2.*regulated already'),
         (altered(lambda model: model.prune_intermediate_layers([2])), ValueError, 'layer3.*pruned'),
         (altered(lambda model: setattr(model, 'layer4', None)), ValueError, 'layer4.*pruned'),
         (altered(lambda model: setattr(model, 'layer4', nn.Identity())), ValueError, 'layer4.*pruned'),
+        (altered(lambda model: setattr(model.layer2[0], 'bn2', nn.Identity())), TypeError, 'layer2.*Identity'),
         (lambda: timm.layers.convert_splitbn_model(small()), TypeError, 'SplitBatchNorm2d'),
         (made('ecaresnet50d_pruned'), ValueError, 'layer1.*widths, 47, 52'),
         (made('resnet50_gn', **TINY, norm_layer='groupnorm1'), TypeError, 'layer1.*GroupNorm1'),
         (lambda: timm.layers.freeze_batch_norm_2d(small()), TypeError, 'layer1.*Frozen'),
         (not_affine, TypeError, 'layer1.*BatchNorm2d'),
+        (made('resnet18', norm_layer=no_statistics), TypeError, 'layer1.*BatchNorm2d'),
         (made('resnet18', act_layer='silu'), TypeError, 'layer1.*SiLU'),
         (lambda: 'resnet18', TypeError, 'str'),
     ],

@@ -8,6 +8,7 @@ import csv
 import importlib.util
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import timm
 import torch
 import yaml
 from conftest import full_disk
+from matplotlib.axes import Axes
 from PIL import Image
 from test_recipes import ROOT, load, parsers, train_script  # noqa: F401, two fixtures
 from test_resident import SPARED, write_folder
@@ -47,7 +49,8 @@ def test_a_run_is_known_by_all_that_decides_its_result():
     run = create_run()
     same = create_run(recipe=yaml.safe_load(yaml.safe_dump(RECIPE)))  # without the comments
     assert run.has_result([same.identity]) and run.name == same.name
-    others = [create_run(row) for row in (ROWS[1], *TABLES['stages'][4:6], SPARED)]
+    layers = (Row(ROWS[0].model, f'layers={layers}') for layers in ('(1,12,2)', '(11,2,2)'))
+    others = [create_run(row) for row in (ROWS[1], *TABLES['stages'][4:6], SPARED, *layers)]
     changes = dict(dataset='cifar100'), dict(schedule='short'), dict(seed=1), dict(engine='train.py'), dict(train=45000)
     others += [create_run(**change) for change in (*changes, dict(validation=10000), dict(digest='0'))]
     others += [create_run(recipe={**RECIPE, **change}) for change in (dict(amp=True), dict(momentum=0.8))]
@@ -96,11 +99,11 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
     add_result(path, create_result(TABLES['stages'][0], 0, 95))
     add_result(path, create_result(SPARED, 1, 94))
     add_result(path, create_result(ROWS[3], 0, 92.5))
-    for seed, top1 in (2, 93), (0, 91), (1, 92):
+    for seed, top1 in (10, 93), (0, 91), (2, 92):
         add_result(path, create_result(ROWS[0], seed, top1, torch='2.1' if seed else '2.2'))
     add_result(path, create_result(Row('resnet18', ''), 0, 90, engine='train.py'))
     add_result(path, create_result(ROWS[0], 3, 70, settings='2'))
-    assert [result['seed'] for result in read_results(path)] == ['3', '0', '1', '2', '0', '0', '1', '0']
+    assert [result['seed'] for result in read_results(path)] == ['3', '0', '2', '10', '0', '0', '1', '0']
     with pytest.raises(ValueError, match='two rows'):
         add_result(path, create_result(ROWS[3], 0, 94))
     command = ['reproduce', '--report', '--results', str(path.parent)]
@@ -126,6 +129,42 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
     assert Image.open(path.with_suffix('.png')).size == (1800, 450)
 
 
+def test_tables_and_figures_of_cifar100_are_beside_its_papers(tmp_path, capsys, monkeypatch):
+    path, drawn = tmp_path / 'cifar100.csv', []
+    for row, seed, top1 in (
+        (ROWS[0], 0, 69),
+        (ROWS[0], 1, 71),
+        (ROWS[2], 0, 75),
+        (ROWS[1], 0, 72),
+        (TABLES['stages'][0], 0, 72),
+    ):
+        add_result(path, create_result(row, seed, top1, dataset='cifar100'))
+    monkeypatch.setattr(Axes, 'legend', lambda axes, **_: drawn.append(axes))
+    assert main(['reproduce', '--report', '--dataset', 'cifar100', '--results', str(tmp_path)]) == 0
+    assert '| 30.00 ± 1.41 | 2 | 1.000 | 31.72 |' in capsys.readouterr().out
+    [axes] = drawn
+    assert sorted(axes.get_legend_handles_labels()[1]) == ['convgru', 'convrnn', 'plain']
+    assert 31.72 in [line.get_ydata()[0] for line in axes.lines if line.get_fillstyle() == 'none']
+    [segment] = axes.containers[0].lines[2][0].get_segments()
+    assert segment[:, 1].tolist() == pytest.approx([30 - 2**0.5, 30 + 2**0.5])
+
+
+def test_a_row_waits_for_others_to_be_written(tmp_path):
+    path = tmp_path / 'cifar10.csv'
+    with ThreadPoolExecutor() as pool:
+        with locked(path, seconds=0):
+            added = pool.submit(add_result, path, create_result(ROWS[0], 0, 90))
+            assert not wait([added], timeout=0.1).done
+        added.result()
+    assert len(read_results(path)) == 1
+
+
+def test_models_are_chosen_by_name_alone_or_with_their_arguments():
+    rows = [row for row in TABLES['stages'] if row.model == ROWS[2].model]
+    assert reproduce._choose(['stages'], [ROWS[2].model]) == rows and len(rows) > 1
+    assert reproduce._choose(['stages'], [str(rows[1])]) == [rows[1]]
+
+
 @pytest.mark.parametrize(
     'found, instead, message',
     [
@@ -136,6 +175,7 @@ def test_report_has_means_and_intervals_in_the_order_of_the_tables_and_never_mix
         ('cifar10', 'cifar11', 'no data set'),
         ('model', 'name', 'has not the columns'),
         ('model', '\udcff', 'cannot be read'),
+        pytest.param('cifar10', '1' * 200_000, 'cannot be read as results (field larger', id='long'),
         (r'\n(.+)', r'\n\1\n\1', 'two rows'),
         (r'\n(.+)', r'', 'no results'),
     ],

@@ -130,6 +130,9 @@ def test_an_epoch_sees_every_image_at_most_once_and_all_windows_are_drawn(tmp_pa
     network.done = network.updates_per_epoch
     network.draw_views()
     assert not network.order.equal(first)
+    other = create_network(create_run(batch_size=100, seed=4), tmp_path, create_images(2050))
+    other.draw_views()
+    assert not other.order.equal(network.order), 'the next seed draws what this one draws an epoch later'
 
 
 @pytest.mark.parametrize('dataset', ['cifar10', 'cifar100'])
@@ -138,6 +141,8 @@ def test_top1_is_that_of_timms_loader_on_the_same_folder(dataset, tmp_path):
     network = create_network(create_run(dataset=dataset), tmp_path, read_images(tmp_path, dataset))
     torch.nn.init.normal_(network.model.fc.weight)
     config = timm.data.resolve_data_config(network.recipe, model=network.model)
+    for key in ('mean', 'std'):
+        assert (getattr(network, key) / 255).tolist() == pytest.approx(config[key])
     data = create_dataset('', root=str(tmp_path), split='validation')
     options = dict(batch_size=7, num_workers=0, use_prefetcher=True, device=torch.device('cpu'))
     network.model.eval()
@@ -146,13 +151,15 @@ def test_top1_is_that_of_timms_loader_on_the_same_folder(dataset, tmp_path):
 
 
 def write_folder(path, train=2, test=1, classes=10):
-    random = np.random.default_rng(0)
+    random, turned = np.random.default_rng(0), Image.Exif()
+    turned[0x0112] = 6  # which timm's data sets don't look at
     for split, size, number in ('train', 40, train), ('validation', 32, test):
         for label in range(classes):
             folder = path / split / f'class{label}'
             folder.mkdir(parents=True)
             for index in range(number):
-                Image.fromarray(random.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f'{index}.png')
+                pixels = random.integers(0, 256, (size, size, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f'{index}.png', exif=turned)
 
 
 def read_images(path, dataset='cifar10'):

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -80,7 +81,8 @@ def test_values_are_those_of_the_papers_formulas(name, size):
 
 
 def test_means_over_neighbours_are_printed_and_all_values_drawn(run, packaged, image_folder, tmp_path, monkeypatch):
-    models, results, titles = (PLAIN, f'local-dir:{packaged}', f'local-dir:{packaged}/'), [], []
+    models, results, titles = [PLAIN, f'local-dir:{packaged}', f'local-dir:{packaged}/'], [], []
+    models.append(f'local-dir:{shutil.copytree(packaged, tmp_path / "other")}')
     monkeypatch.setattr(Axes, 'set_title', lambda axes, text, **_: titles.append(text.split('\n')[0]))
     monkeypatch.setattr(command, 'similarity', lambda *args: results.append(similarity(*args)) or results[-1])
     code, out, _ = run('--images', 9, models=models)
@@ -94,7 +96,7 @@ def test_means_over_neighbours_are_printed_and_all_values_drawn(run, packaged, i
             means = [sum(stages, []), *stages]
             expected.append(f'| {model} | {" | ".join(f"{sum(mean) / len(mean):.3f}" for mean in means)} |')
         expected.append('')
-    assert out.splitlines() == expected[:-1] and titles == 2 * [*models]
+    assert out.splitlines() == expected[:-1] and titles == 2 * [*models[:3], 'other']
     with Image.open(tmp_path / 'new' / 'folder' / 'similarity.png') as image:
         assert min(image.size) > 500 and len(image.convert('RGB').getcolors(2**24)) > 100
 
@@ -141,8 +143,8 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(run, args, message, m
 
 def test_a_stage_of_one_block_has_no_neighbours_and_other_networks_are_refused(run, monkeypatch):
     def load(name, device):
-        model = timm.create_model(name, num_classes=3).eval()
-        model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 32, 32))
+        model = timm.create_model(name, num_classes=3, in_chans=1).eval()
+        model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
         return model
 
     monkeypatch.setattr(command, 'load_model', load)

@@ -230,11 +230,11 @@ def check_cell(cell: str) -> None:
 
 
 def check_stages(stages: Optional[Sequence[int]], num_stages: int) -> Tuple[int, ...]:
-    """The stages to regulate, sorted; None is all of them. Raises a ValueError for others than there are."""
+    """The stages to regulate; None is all of them. Raises a ValueError for others than there are."""
     known = range(1, num_stages + 1)
     if stages is None:
         return tuple(known)
     if not isinstance(stages, (tuple, list)) or not set(stages) <= set(known):
         told = f'give a tuple of stage numbers from 1 to {num_stages}, such as (1,); None is all stages, () is none'
         raise ValueError(f'Unknown stages {stages!r}: {told}.')
-    return tuple(sorted(set(stages)))
+    return tuple(stages)

@@ -100,7 +100,7 @@ def prepare_checkpoint(state_dict: Dict[str, Any], model: RegulatedResNet, stric
     layers that can't start with a backbone's weights. If not `strict`, weights may be missing or unexpected, and
     regulators that are missing change nothing, either.
     """
-    split_fusions(state_dict := dict(state_dict))
+    split_fusions(state_dict)
     cfg = model.pretrained_cfg
     # a warm start that was fine-tuned and saved still has its tag, but brings its regulators
     is_plain = not any(_is_added(key) for key in state_dict)
