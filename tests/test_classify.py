@@ -14,7 +14,7 @@ from timm.data import ImageDataset
 
 from timm_regnet_reg.__main__ import main
 from timm_regnet_reg.errors import UserError
-from timm_regnet_reg.weights.inference import class_labels, load_model
+from timm_regnet_reg.weights.inference import class_labels, load_model, predict
 from timm_regnet_reg.weights.scoring import ImageFolder, read_image
 
 
@@ -183,6 +183,13 @@ def test_model_without_a_classifier_is_refused(packaged, photo, monkeypatch):
     monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: headless)
     with pytest.raises(UserError, match='has no classifier'):
         load_model(MODEL)
+
+
+def test_outputs_that_are_not_finite_for_an_image_are_no_answer(photo):
+    model = timm.create_model(MODEL).eval()
+    torch.nn.init.constant_(model.fc.bias, torch.nan)
+    with pytest.raises(UserError, match='not finite'):
+        next(predict(model, [Image.open(photo)]))
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,14 @@ def test_int8_file_is_smaller_and_nearly_right(tmp_path):
     spread = (expected - expected.mean(0)).norm()
     assert 0 < (actual - expected).norm() < 0.15 * spread
     assert quantized.stat().st_size < 0.5 * full.stat().st_size
-    assert 'DequantizeLinear' in {node.op_type for node in onnx.load(quantized).graph.node}
+    graph = onnx.load(quantized).graph
+    inexact = {name for node in graph.node if node.op_type == 'DequantizeLinear' for name in node.output}
+    for node in graph.node:
+        if node.op_type in ('Conv', 'Gemm'):
+            grouped = any(a.name == 'group' and a.i > 1 for a in node.attribute)
+            assert (node.input[1] in inexact) != grouped, node.name
+    weights = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert max(abs(weight.astype(int)).max() for weight in weights) <= 64  # 7 bits
 
 
 # The command
@@ -202,11 +209,14 @@ def run(capsys):
 
 
 @with_onnx
-def test_command_writes_both_files_and_prints_difference_and_accuracies(run, packaged, data_dir, tmp_path):
+def test_command_writes_both_files_and_prints_difference_and_accuracies(run, packaged, data_dir, tmp_path, monkeypatch):
+    onnx_model, opened = export.OnnxModel, []
+    monkeypatch.setattr(export, 'OnnxModel', lambda path: opened.append(path.name) or onnx_model(path))
     code, out, err = run(tmp_path / 'net.onnx', '--model', f'local-dir:{packaged}', '--int8', data_dir)
     assert code == 0
     assert all(label in err for label in ('scoring float32: ', 'calibrating: ', 'scoring int8: '))
     assert sorted(os.listdir(tmp_path)) == ['data', 'net.int8.onnx', 'net.onnx']
+    assert opened == ['net.onnx', 'net.onnx', 'net.int8.onnx']  # to compare it, and to score both
     exported, full, quantized = out.splitlines()
     assert f'opset {export.OPSET}' in exported and 'batch x 3 x 32 x 32' in exported and 'differ' in exported
     assert f'{tmp_path}/net.onnx: top-1' in full and '12 images' in full

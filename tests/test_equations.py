@@ -107,6 +107,15 @@ def test_cell_is_its_equations(kind, N, size, given):
                 assert torch.equal(leaf, i.to(dtype)), 'an input was changed in place'
 
 
+@pytest.mark.parametrize('kind', CELLS)
+def test_cells_begin_without_biases_and_keep_the_variance_of_their_sums(kind):
+    torch.manual_seed(0)
+    cell = cells.CELLS[kind](300)
+    assert cell.pointwise.std().item() == pytest.approx((1 / 2) ** 0.5, rel=0.1)
+    assert cell.depthwise.std().item() == pytest.approx((1 / 9) ** 0.5, rel=0.1)
+    assert not cell.bias.any()
+
+
 # Blocks and stages
 
 FORMS = {

@@ -423,6 +423,7 @@ def test_precisions(net):
         assert low.dtype == dtype
         assert_close(low, expected, tolerance, str(dtype))
     with torch.autocast('cpu', torch.bfloat16):
+        assert_close(model(x), expected, 1e-9, 'autocast, which leaves float64 alone')
         low = model.float()(x.float())
     assert low.dtype == torch.bfloat16
     assert_close(low, expected, 0.1, 'autocast')

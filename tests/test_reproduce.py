@@ -10,6 +10,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -252,12 +253,14 @@ def test_a_run_is_trained_once_by_one_process_goes_on_and_can_be_packaged(clone,
         assert main(command) == 0
         card = Path(f'{model}.tiny', 'README.md').read_text()
         assert '2 of 2' in card and 'one of `regnet-reg reproduce`' in card and '| (3, 32, 32), bi' in card
-        assert '| Recipe | cifar10_own.yaml |' in card and ('drop: 0.1' in card) == (model == 'resnet10t')
+        assert '| Recipe | cifar10_own.yaml |' in card and ' crop of 1.0 |' in card
+        assert ('drop: 0.1' in card) == (model == 'resnet10t')
 
 
-def test_networks_are_counted_without_their_weights(hub):
+def test_networks_are_counted_on_cifars_images_without_their_weights(hub):
     parameters = sum(parameter.numel() for parameter in timm.create_model('resnet10t', num_classes=10).parameters())
-    assert reproduce._count(Row('resnet10t', 'pretrained=True'), 'cifar10')['parameters'] == parameters
+    counts = reproduce._count(Row('resnet10t', 'pretrained=True'), 'cifar10')
+    assert counts['parameters'] == parameters and counts['multiply_adds'] < 1e8  # on 32x32, whatever it was made for
     assert hub.requests == []
 
 
@@ -275,23 +278,35 @@ def test_what_fails_for_one_run_is_told_and_others_go_on(error, clone, capsys, m
     assert main(['reproduce', '--data-dir', 'data', '--results', 'results', '--models', *models]) == 1
     assert '1 of 2 runs are not done' in capsys.readouterr().err
     assert [result['model'] for result in read_results(Path('results', 'cifar10.csv'))] == models[1:]
+    seen = [[]]  # before another process adds the row
+    monkeypatch.setattr(reproduce, 'read_results', lambda path: seen.pop() if seen else read_results(path))
+    monkeypatch.setattr(Network, 'step', lambda network: pytest.fail('it is trained again'))
+    assert main(['reproduce', '--data-dir', 'data', '--results', 'results', '--models', models[1]]) == 0
 
 
 @pytest.mark.parametrize('device, fast, groups', [('cpu', False, 12 * [1]), *(('cuda:1', x, [8, 4]) for x in (0, 1))])
 def test_a_gpu_alone_trains_eight_networks_at_once_compiled_and_fused(device, fast, groups, clone, monkeypatch):
     """With stand-ins for what only a GPU does; an old one computes eagerly."""
-    fused, trained = [], []
+    fused, trained, chosen = [], [], []
     monkeypatch.setattr(reproduce, 'check_device', torch.device)
-    monkeypatch.setattr(torch.cuda, 'set_device', lambda index: None)
+    monkeypatch.setattr(reproduce, 'time', SimpleNamespace(monotonic=lambda: 5.0))
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'GPU')
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0) if fast else (7, 5))
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name == 'triton')
     monkeypatch.setattr(reproduce, 'set_fused', fused.append)
-    monkeypatch.setattr(reproduce.resident, 'read_images', lambda found, device: found)
-    train = lambda runs, *_, compiled: trained.append((len(runs), compiled)) or []  # noqa: E731
+    monkeypatch.setattr(reproduce.resident, 'read_images', lambda found, device: device)
+
+    def train(runs, images, versions, attempt, stop, compiled):
+        trained.append((len(runs), images, stop, compiled))
+        assert {run.identity['precision'] for run in runs} == {'bf16'} and all(run.recipe['amp'] for run in runs)
+        return []
+
     monkeypatch.setattr(reproduce.resident, 'train', train)
-    assert main([*'reproduce --data-dir data --results results --seeds 0 1 2 --device'.split(), device]) == 0
-    assert fused == [fast] and trained == [(size, fast) for size in groups]
+    command = 'reproduce --data-dir data --results results --seeds 0 1 2 --amp --minutes 2 --device'
+    assert main([*command.split(), device]) == 0
+    assert fused == [fast] and trained == [(size, torch.device(device), 125.0, fast) for size in groups]
+    assert chosen == ([1] if device == 'cuda:1' else [])
 
 
 @pytest.mark.parametrize(
@@ -341,6 +356,7 @@ def test_train_py_gets_the_run_and_another_seed_to_go_on_and_what_fails_is_told(
     folder = clone / 'runs' / run.name
     folder.mkdir(parents=True)
     (folder / 'last.pth.tar').write_text('of the first epoch')
+    (clone / 'timm_regnet_reg.py').write_text('raise ImportError')  # where the command is started
     (folder / 'summary.csv').write_text('epoch,train_loss,eval_top1,eval_top5\n0,2.0,30,80\nepoch,train_loss\n1,1.4')
     command = 'reproduce train.py --data-dir data --results results --seeds 2 --table resnet20 stages --models'.split()
     assert main([*command, 'cifar_resnet20', 'regnet_reg_resnet20_convrnn', str(run.row), '--compile']) == 1
@@ -355,6 +371,7 @@ def test_train_py_gets_the_run_and_another_seed_to_go_on_and_what_fails_is_told(
     assert (args.num_classes, args.input_size, args.crop_pct) == (10, [3, 32, 32], 1.0)  # also of an ImageNet model
     assert yaml.safe_load(Path(args.config).read_text()) == SHORT and 'train_recipes/cifar10' in result['options']
     assert (args.resume, args.torchcompile) == (str(folder / 'last.pth.tar'), 'inductor')
+    assert (args.data_dir, args.device, args.workers) == (str(clone / 'data'), 'cpu', 0)
 
 
 @pytest.mark.parametrize('epochs, is_whole', [(1, True), (2, False)])

@@ -3,6 +3,7 @@
 import functools
 import math
 from contextlib import contextmanager, nullcontext, suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,14 +131,16 @@ def test_an_epoch_sees_every_image_at_most_once_and_all_windows_are_drawn(tmp_pa
     network.done = network.updates_per_epoch
     network.draw_views()
     assert not network.order.equal(first)
-    other = create_network(create_run(batch_size=100, seed=4), tmp_path, create_images(2050))
+    other = create_network(create_run(batch_size=100, seed=4, hflip=0.0), tmp_path, create_images(2050))
     other.draw_views()
     assert not other.order.equal(network.order), 'the next seed draws what this one draws an epoch later'
+    assert not other.flip.any()
 
 
-@pytest.mark.parametrize('dataset', ['cifar10', 'cifar100'])
-def test_top1_is_that_of_timms_loader_on_the_same_folder(dataset, tmp_path):
+@pytest.mark.parametrize('dataset, digest', [('cifar10', '2ca72b2b'), ('cifar100', '2b1e5de1')])
+def test_accuracy_is_that_of_timms_loader_on_the_same_folder_which_is_known_again(dataset, digest, tmp_path):
     write_folder(tmp_path, test=2, classes=int(dataset.removeprefix('cifar')))
+    assert resident.find_splits(str(tmp_path), dataset)[1]['digest'] == digest  # which results are known by
     network = create_network(create_run(dataset=dataset), tmp_path, read_images(tmp_path, dataset))
     torch.nn.init.normal_(network.model.fc.weight)
     config = timm.data.resolve_data_config(network.recipe, model=network.model)
@@ -146,8 +149,11 @@ def test_top1_is_that_of_timms_loader_on_the_same_folder(dataset, tmp_path):
     data = create_dataset('', root=str(tmp_path), split='validation')
     options = dict(batch_size=7, num_workers=0, use_prefetcher=True, device=torch.device('cpu'))
     network.model.eval()
-    hits = torch.cat([network.model(x).argmax(1) == y for x, y in create_loader(data, **config, **options)])
-    assert network.result()['top1'] == pytest.approx(100 * hits.float().mean().item(), abs=1e-3)
+    batches = create_loader(data, **config, **options)
+    hits = torch.cat([network.model(x).topk(5).indices == y[:, None] for x, y in batches]).float()
+    result = network.result()
+    assert result['top1'] == pytest.approx(100 * hits[:, 0].mean().item(), abs=1e-3)
+    assert result['top5'] == pytest.approx(100 * hits.sum(1).mean().item(), abs=1e-3)
 
 
 def write_folder(path, train=2, test=1, classes=10):
@@ -189,6 +195,24 @@ def test_a_run_that_was_stopped_and_killed_ends_with_the_weights_of_one_that_was
     assert create_network(run, folder).done == 3
     assert {**train({run: folder})[run], 'seconds': 0} == {**whole, 'seconds': 0, 'torch': '1 and 2'}
     assert_equal(run, folder, tmp_path / 'whole')
+
+
+def test_seconds_add_up_over_saves_and_stops_and_a_complete_run_gives_its_row_again(tmp_path, monkeypatch):
+    run, step, save, now, saved = create_run(), Network.step, Network.save, [0.0], []
+
+    def slow(network):
+        now[0] += 20
+        step(network)
+
+    monkeypatch.setattr(resident, 'time', SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Network, 'step', slow)
+    monkeypatch.setattr(Network, 'save', lambda network, _: saved.append(network.done) or save(network, _))
+    assert train({run: tmp_path}, stop=60) == {}
+    now[0] += 1000
+    results = train({run: tmp_path})
+    assert results[run]['seconds'] == 120
+    assert train({run: tmp_path}) == results and now == [1120]
+    assert saved == [2, 3, 5, 6, 6]  # also on the way, every 30 seconds
 
 
 def test_networks_at_once_end_as_alone_whatever_happens_to_others(tmp_path, monkeypatch):
@@ -236,22 +260,26 @@ def test_a_checkpoint_outlives_a_full_disk_and_is_told_and_kept_if_it_is_damaged
 @pytest.mark.parametrize('amp', [False, True])
 def test_a_compilation_serves_all_seeds(amp, tmp_path, monkeypatch):
     """Traced by torch.compile, without a compiler behind it: that takes minutes."""
-    graphs = []
+    graphs, dtypes = [], []
     backend = functools.partial(torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph)
     monkeypatch.setattr(torch, 'compile', backend)
     for seed in (0, 1):
         run = create_run(seed=seed, amp=amp, amp_dtype='bfloat16')
         compiled, plain = (create_network(run, tmp_path, compiled=compiled) for compiled in (True, False))
+        plain.model.fc.register_forward_hook(lambda fc, x, y: dtypes.append(y.dtype))
         for network in (compiled, plain):
             network.step()
+        plain.result()
         assert compiled.loss() == pytest.approx(plain.loss(), rel=1e-2 if amp else 1e-5)
-    assert len(graphs) == 1
+    assert len(graphs) == 1 and dtypes == 4 * [torch.bfloat16 if amp else torch.float32]
 
 
 @pytest.mark.parametrize(
     'change, message',
     [
         (dict(mixup=0.2), 'mixup: 0.2'),
+        (dict(opt='lamb', sched='step', scale=[0.08, 1.0]), r'opt: lamb, sched: step, scale: \[0.08, 1.0\];'),
+        (dict(channels_last=False, ratio=[0.75, 1.3], color_jitter=0.4), r'_last: False, ratio: \[.*, color_jitter: 0'),
         (dict(smoothing=0.1), 'smoothing: 0.1'),
         (dict(smoothing=None), 'no smoothing'),
         (dict(decay_milestones=None), 'no decay_milestones'),
@@ -264,6 +292,8 @@ def test_a_recipe_that_the_engine_does_not_follow_is_refused_by_name(change, mes
     recipe = {key: value for key, value in {**load('cifar10'), **change}.items() if value is not None}
     with pytest.raises(UserError, match=message):
         resident.check_recipe(recipe)
+    for name in ('cifar10', 'cifar10_short', 'cifar10_strong', 'cifar100'):
+        resident.check_recipe(load(name))
 
 
 def test_images_are_those_of_the_folder_in_the_order_of_its_classes(tmp_path):

@@ -318,7 +318,6 @@ class Network:
         for batch in self.images.test.split(500):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 outputs.append(self.model(_normalise(batch, self.mean, self.std)).float())
-        self.model.train()
         top1, top5 = (round(x.item(), 3) for x in accuracy(torch.cat(outputs), self.images.test_labels, (1, 5)))
         figures = {'top1': top1, 'top5': top5, 'train_loss': round(self.loss(), 5), 'seconds': round(self.seconds)}
         return {**figures, **{key: ' and '.join(versions) for key, versions in self.versions.items()}}
