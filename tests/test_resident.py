@@ -292,6 +292,9 @@ def test_a_recipe_that_the_engine_does_not_follow_is_refused_by_name(change, mes
     recipe = {key: value for key, value in {**load('cifar10'), **change}.items() if value is not None}
     with pytest.raises(UserError, match=message):
         resident.check_recipe(recipe)
+
+
+def test_the_engine_follows_every_recipe_for_cifar():
     for name in ('cifar10', 'cifar10_short', 'cifar10_strong', 'cifar100'):
         resident.check_recipe(load(name))
 
