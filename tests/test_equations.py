@@ -9,7 +9,7 @@ import reference
 import timm
 import torch
 import torch.nn as nn
-from networks import CELLS, IN_TIMM, randomize
+from networks import CELLS, IN_TIMM, TINY, randomize
 from timm.layers import get_attn
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 
@@ -209,11 +209,12 @@ def test_dilated_blocks_pool_nothing(form):
     ids=str,
 )
 def test_network_is_its_equations(name, size, kwargs, training):
-    model = randomize(timm.create_model(name, num_classes=7, **kwargs)).double().train(training)
+    depths = {'18': (2, 1, 1, 2), '20': (3, 3, 3), '50': (2, 1, 1, 2), '56': (9, 9, 9)}
+    depths = depths[re.search(r'resnex?t(\d+)', name)[1]]
+    small = TINY if len(depths) == 4 else {}
+    model = randomize(timm.create_model(name, num_classes=7, **small, **kwargs)).double().train(training)
     x = random_image(2, 3, *size)
     sd = copy.deepcopy(model.state_dict())
-    depths = {'18': (2, 2, 2, 2), '20': (3, 3, 3), '50': (3, 4, 6, 3), '56': (9, 9, 9)}
-    depths = depths[re.search(r'resnex?t(\d+)', name)[1]]
     cell = next((cell for cell in CELLS if cell in name), None)
     with torch.no_grad():
         expected = reference.network(sd, x, depths, cell, training=training, **kwargs)

@@ -67,21 +67,33 @@ def test_entrypoint_can_be_looked_up_and_explains_itself(name):
         assert word in text
 
 
+ADDED = re.compile(
+    r'layer\d\.(regulator\.(pointwise|depthwise|bias)'
+    r'|\d+\.(regulator_bn|fusion_bn)\.(weight|bias|running_mean|running_var|num_batches_tracked)'
+    r'|\d+\.fusion_conv_[xh]\.weight)'
+)
+
+
 @pytest.mark.parametrize('name', SOME_CELLS)
-def test_default_cfg_and_feature_info_describe_the_network(name):
+def test_network_is_as_its_config_says_and_its_plain_part_is_timms_own(name):
     model = timm.create_model(name, device='meta', dtype=torch.bfloat16).eval()
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
     cfg = model.default_cfg
     assert cfg is model.pretrained_cfg
     assert cfg['architecture'] == name
     if backbone_of(name) in CIFAR:
+        plain = timm.create_model(f'cifar_{backbone_of(name)}', device='meta')
         assert (cfg['input_size'], cfg['num_classes']) == ((3, 32, 32), 10)
         assert cfg['mean'] == pytest.approx((0.4914, 0.4822, 0.4465), abs=5e-4)  # of CIFAR-10's training images
         assert cfg['std'] == pytest.approx((0.2470, 0.2435, 0.2616), abs=5e-4)
     else:
         assert (cfg['input_size'][0], cfg['num_classes']) == (3, 1000)
         assert (cfg['mean'], cfg['std']) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        if backbone_of(name) not in IN_TIMM:  # or it has timm's
+        if backbone_of(name) in IN_TIMM:
+            plain = timm.create_model(backbone_of(name), device='meta')
+        else:  # timm's block, in a network that timm has no name for
+            C, d = re.match(r'resnext50_(\d+)x(\d+)d', backbone_of(name)).groups()
+            plain = timm.create_model('resnext50_32x4d', device='meta', cardinality=int(C), base_width=int(d))
             assert (cfg['crop_pct'], cfg['interpolation']) == (224 / 256, 'bicubic')
     assert isinstance(model.get_submodule(cfg['first_conv']), nn.Conv2d)
     assert model.get_submodule(cfg['classifier']).out_features == model.num_classes == cfg['num_classes']
@@ -93,29 +105,12 @@ def test_default_cfg_and_feature_info_describe_the_network(name):
     assert [f.shape[1] for f in features] == info.channels()
     assert [-(-x.shape[2] // f.shape[2]) for f in features] == info.reduction()
     assert info.module_name() == ['act1'] + [f'layer{i}' for i in range(1, len(features))]
-    assert model(x).shape == (2, cfg['num_classes'])
+    assert model.forward_head(final).shape == (2, cfg['num_classes'])
 
-
-ADDED = re.compile(
-    r'layer\d\.(regulator\.(pointwise|depthwise|bias)'
-    r'|\d+\.(regulator_bn|fusion_bn)\.(weight|bias|running_mean|running_var|num_batches_tracked)'
-    r'|\d+\.fusion_conv_[xh]\.weight)'
-)
-
-
-@pytest.mark.parametrize('name', SOME_CELLS)
-def test_plain_part_of_the_state_dict_is_timms_own(name):
-    actual = {key: t.shape for key, t in timm.create_model(name, device='meta').state_dict().items()}
-    if backbone_of(name) in CIFAR:
-        plain = timm.create_model(f'cifar_{backbone_of(name)}', device='meta')
-    elif backbone_of(name) in IN_TIMM:
-        plain = timm.create_model(backbone_of(name), device='meta')
-    else:  # timm's block, in a network that timm has no name for
-        C, d = re.match(r'resnext50_(\d+)x(\d+)d', backbone_of(name)).groups()
-        plain = timm.create_model('resnext50_32x4d', device='meta', cardinality=int(C), base_width=int(d))
-    added = [key for key in actual if ADDED.fullmatch(key)]
+    weights = {key: t.shape for key, t in model.state_dict().items()}
+    added = [key for key in weights if ADDED.fullmatch(key)]
     assert bool(added) == (name not in PLAIN)
-    assert [(key, shape) for key, shape in actual.items() if key not in added] == [
+    assert [(key, shape) for key, shape in weights.items() if key not in added] == [
         (key, t.shape) for key, t in plain.state_dict().items()
     ]
 

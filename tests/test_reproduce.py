@@ -192,13 +192,13 @@ def test_damaged_results_make_no_table(found, instead, message, tmp_path, capsys
 
 # instead of train.py: the plain network fails, the ConvRNN diverges
 SCRIPT = """
-import json, pathlib, sys, timm_regnet_reg
+import importlib.util, json, pathlib, sys
 given = dict(zip(sys.argv, sys.argv[1:]))
 pathlib.Path(sys.argv[0]).with_name('train_recipes').joinpath('cifar10.yaml').write_text('')  # edited meanwhile
 if given['--model'] == 'cifar_resnet20':
     sys.exit('out of disk')
 folder = pathlib.Path(given['--output'], given['--experiment'])
-(folder / 'given').write_text(json.dumps([sys.argv[1:], timm_regnet_reg.__file__]))
+(folder / 'given').write_text(json.dumps([sys.argv[1:], importlib.util.find_spec('timm_regnet_reg').origin]))
 loss = 'nan' if 'convrnn' in given['--model'] else 0.5
 with open(folder / 'summary.csv', 'a') as file:
     file.write(f'epoch,train_loss,eval_top1,eval_top5\\n1,{loss},90,99\\n')
