@@ -8,6 +8,7 @@ import csv
 import importlib.util
 import json
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -375,8 +376,10 @@ def test_train_py_gets_the_run_and_another_seed_to_go_on_and_what_fails_is_told(
 
 
 @pytest.mark.parametrize('epochs, is_whole', [(1, True), (2, False)])
-def test_the_last_epoch_is_that_of_the_schedule_with_cooldown_and_warmup(epochs, is_whole, clone, capsys):
+def test_the_last_epoch_is_that_of_the_schedule_with_cooldown_and_warmup(epochs, is_whole, clone, capsys, monkeypatch):
     """The script in place of train.py trains two epochs, with another one of cooldown or warm-up."""
+    run = subprocess.run  # without `-m timm_regnet_reg run`, which takes seconds to start
+    monkeypatch.setattr(subprocess, 'run', lambda command, **kwargs: run([command[0], *command[4:]], **kwargs))
     for change in (dict(cooldown_epochs=1), dict(warmup_prefix=True, warmup_epochs=1)):
         recipe = {**SHORT, 'sched': 'cosine', 'epochs': epochs, **change}
         Path('train_recipes/cifar10.yaml').write_text(yaml.safe_dump(recipe))
