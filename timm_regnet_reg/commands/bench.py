@@ -72,7 +72,11 @@ class Bench:
         self._measure('inference', self._steps(models, train=False))
         compared = {name: model for name, model in models.items() if name not in BASELINES}
         if not self.gpu:
-            merged = {name: fuse(m) if name == PLAIN else reparameterize_model(m) for name, m in compared.items()}
+            # inside another module, as of the one that it is given timm's function leaves the stem's batch norm
+            merged = {
+                name: fuse(model) if name == PLAIN else reparameterize_model(nn.Sequential(model))[0]
+                for name, model in compared.items()
+            }
             self._measure('inference, reparameterised', self._steps(merged, train=False))
         for what, train in (('train', True), ('inference', False)) if compile else ():
             torch.compiler.reset()  # all of them would exceed its limit of graphs
