@@ -1,5 +1,7 @@
 """`bench` on tiny inputs: what it compares and prints; never how long anything takes."""
 
+from itertools import accumulate
+
 import pytest
 import timm
 import torch
@@ -99,15 +101,20 @@ def test_short_steps_are_timed_several_at_once():
     assert watch() > 0 and len(calls) > 100
 
 
-def test_repeats_are_interleaved_and_compared_with_the_plain_network_of_the_same_repeat(hasty, monkeypatch, capsys):
-    order, seconds = [], iter([4.0, 1.0, 8.0, 16.0, 6.0, 3.0])
-    monkeypatch.setattr(timing.timeit.Timer, 'timeit', lambda self, number: next(seconds))
+def test_repeats_are_interleaved_and_compared_with_the_plain_network_of_the_same_repeat(monkeypatch, capsys):
+    order, durations = [], [8.0, 2.0, 16.0, 32.0, 12.0, 6.0]  # of two steps each
+    times = accumulate(seconds for duration in durations for seconds in (1.0, duration))
+    monkeypatch.setattr('torch.utils.benchmark.timer', lambda: next(times))  # before and after
+    monkeypatch.setattr(timing.timeit.Timer, 'autorange', lambda self: (2, 0.0))
     table = bench.Bench(['plain', 'convrnn'], 3, CPU, amp=False, gpu=False)
     table._time('train', {name: lambda name=name: order.append(name) for name in table.columns})
-    assert order == ['plain', 'convrnn']  # to warm up
+    assert order == ['plain', 'convrnn'] + 3 * ['plain', 'plain', 'convrnn', 'convrnn']  # the first to warm up
+    table._compare('train', 'peak memory, MiB', {'plain': [2**20], 'convrnn': [3 * 2**20]})
     assert capsys.readouterr().out.splitlines() == [
         '| train, ms | 6000.00 | 3000.00 | ±433% |',  # 16 s are farthest from their median
         '| train, speed ÷ plain | 1.00 | 2.00 | ±100% |',  # 4/1, 8/16, 6/3
+        '| train, peak memory, MiB | 1.00 | 3.00 |  |',
+        '| train, memory ÷ plain | 1.00 | 3.00 |  |',
     ]
 
 
@@ -131,9 +138,20 @@ def test_table_has_every_figure_of_every_network(hasty, capsys):
     assert checkpointed < min(kept, compiled)
 
 
+def test_default_is_what_the_help_says(monkeypatch):
+    runs = []
+    monkeypatch.setattr(bench.Bench, 'run', lambda self, *args: runs.append((self.networks, self.repeats, *args)))
+    for command in ('', '--backbone resnet50', '--backbone resnet32 --compile', '--batch-size 4 --repeats 2'):
+        assert main(f'bench --device cpu {command}'.split()) == 0
+    plan = [(5, 'resnet20', 128, False), (5, 'resnet50', 16, False), (5, 'resnet50', 16, False)]
+    plan += [(5, 'resnet32', 128, True), (2, 'resnet20', 4, False), (2, 'resnet50', 4, False)]
+    assert runs == [(['plain', *CELLS, *BASELINES], *run) for run in plan]
+
+
 def test_on_a_gpu_cells_are_measured_fused_too_with_kernels_and_graphs(hasty, monkeypatch, capsys):
-    """With stand-ins for what only a GPU does; the test below has none."""
-    fused = []
+    """With stand-ins for what only a GPU does; a test below has none."""
+    fused, compiled = [], []
+    monkeypatch.setattr(torch, 'compile', lambda model, fullgraph: compiled.append(model) or model)
     monkeypatch.setattr(bench, 'set_fused', fused.append)
     monkeypatch.setattr(bench, 'kernel_time', lambda step: step() or 0.003)
     monkeypatch.setattr(bench, 'capture', lambda step: step)
@@ -144,7 +162,16 @@ def test_on_a_gpu_cells_are_measured_fused_too_with_kernels_and_graphs(hasty, mo
         assert set(rows[f'{what}, kernels alone, ms'].values()) == {'3.00', ''}
         for name in (f'{what}, ms', f'{what}, kernels alone, speed ÷ plain', f'{what}, in a graph, speed ÷ plain'):
             assert all(rows[name][column] for column in columns[:-1])
+    assert len(compiled) == 2 * 4  # for training and inference, each column
     assert len(fused) % 4 == 0 and fused == [False, False, False, True] * (len(fused) // 4)
+
+
+def test_network_without_kernels_and_graph_is_not_left_out(hasty, monkeypatch):
+    for name in ('kernel_time', 'capture'):
+        monkeypatch.setattr(bench, name, lambda step: 1 / 0)
+    table, steps = bench.Bench(['plain'], 1, CPU, amp=False, gpu=True), {'plain': lambda: None}
+    table._measure('train', steps)
+    assert [*steps] == ['plain'] and len(table.failures) == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
@@ -163,6 +190,7 @@ def test_what_fails_for_a_network_is_told_and_the_others_are_measured(hasty, mon
     def broken(model, images, train, amp):
         folded = not any(isinstance(module, nn.BatchNorm2d) for module in model.layer1.modules())
         created.append((train, amp, folded))
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (images, model.conv1.weight))
         fails = train and hasattr(model.layer1, 'regulator')
         return timing.create_step(model, images[:, :2] if fails else images, train, amp)
 

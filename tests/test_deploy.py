@@ -111,11 +111,16 @@ def test_what_users_put_in_place_of_layers_is_reparameterized_as_far_as_it_goes(
         for conv in (model.layer1[0].conv2, model.layer2[0].fusion_conv_x):
             prune.l1_unstructured(conv, 'weight', 0.5)
 
+    def other_eps_and_bias(model):
+        model.layer1[0].fusion_bn.eps = 0.1
+        model.layer1[0].conv2 = nn.Conv2d(16, 16, 3, padding=1)
+        model.layer1[0].fusion_conv_x = nn.Conv2d(16, 16, 1)
+
     def without_statistics(model):
         for name in ('bn1', 'regulator_bn', 'fusion_bn'):
             setattr(model.layer1[0], name, nn.BatchNorm2d(16, track_running_stats=False))
 
-    for change in (bare_shortcut, own_stage, standardised, pruned, without_statistics):
+    for change in (bare_shortcut, own_stage, standardised, pruned, other_eps_and_bias, without_statistics):
         model = lively('basic')
         x = images(model)
         with torch.no_grad():

@@ -202,9 +202,10 @@ def fuse_batch_norms(module: nn.Module) -> None:
         if is_bn and can_fuse and name != 'regulator_bn':  # which follows no convolution
             for x_conv in convs[1:]:  # the BN is of the sum; its shift goes with H's part
                 zero = torch.zeros_like(child.running_mean)
-                x_conv.weight, _ = fuse_conv_bn_weights(
-                    x_conv.weight, None, zero, child.running_var, child.eps, child.weight, zero
+                x_conv.weight, bias = fuse_conv_bn_weights(
+                    x_conv.weight, x_conv.bias, zero, child.running_var, child.eps, child.weight, zero
                 )
+                x_conv.bias = None if x_conv.bias is None else bias
             before.weight, before.bias = fuse_conv_bn_weights(
                 before.weight, before.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias
             )

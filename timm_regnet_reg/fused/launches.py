@@ -13,6 +13,7 @@ __all__ = ['step', 'step_backward']
 TILE = 2048  # elements: with fewer the kernels of four gates spill registers, with 4 warps
 SUMS_TILE = 32  # elements, an element a thread of one warp: with four gates it has 76 sums, and half of the registers
 SUMS_PROGRAMS = 2048  # 16 warps on each multiprocessor of an H100
+SUMS_PARTS = 512  # that a program adds up at once
 
 Tensors = List[torch.Tensor]
 
@@ -146,5 +147,5 @@ def kernels_backward(
     dK_x, db = torch.empty_like(K_x, memory_format=torch.contiguous_format), torch.empty_like(b)
     dK_h = torch.empty_like(dK_x) if has_h else None
     grid = (triton.cdiv(rows, 16), part.shape[1])
-    kernels.kernels_total[grid](part, dK_x, dK_h, db, parts, rows, HAS_H=has_h, BQ=512, BN=16, num_warps=8)
+    kernels.kernels_total[grid](part, dK_x, dK_h, db, parts, rows, HAS_H=has_h, BQ=SUMS_PARTS, BN=16, num_warps=8)
     return dK_x, dK_h, db
