@@ -529,11 +529,7 @@ def test_takes_what_timms_resnet_takes(net, kwargs):
         ('basic', dict(features_only=True, out_indices=(5,)), r'out_indices=\(5,\) .* 0 to 4'),
         ('cifar', dict(features_only=True, out_indices=(-5,)), r'out_indices=\(-5,\) .* 0 to 3'),
         ('cifar', dict(features_only=True, out_indices=-1), 'out_indices=-1 .* from 1 to 4'),
-        (
-            'cifar',
-            dict(channels=(8, 8, 8), replace_stem_pool=True),
-            'channels, replace_stem_pool was given: the CIFAR form',
-        ),
+        ('cifar', dict(channels=(8, 8, 8), replace_stem_pool=True), 'channels, replace_stem_pool was given: the CIFAR'),
         ('cifar', dict(stem_width=32, stem_type='deep'), 'stem_type, stem_width was given: the CIFAR form'),
     ],
     ids=str,
