@@ -10,6 +10,7 @@ import contextlib
 import copy
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -224,7 +225,8 @@ def cell(row, network):
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
         return f'not done after {LIMIT} s'
-    return f'the process ended with {done.returncode}' if done.returncode else done.stdout.splitlines()[-1]
+    found = re.findall('^found: (.*)', done.stdout, re.M)
+    return found[-1] if found else f'the process ended with {done.returncode}'
 
 
 def main():
@@ -233,7 +235,7 @@ def main():
     parser.add_argument('--cell', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
-        return print('\n' + run(int(args.cell[0]), args.cell[1]))
+        return print('\nfound:', run(int(args.cell[0]), args.cell[1]), flush=True)
     print(f'| client | version | what | {" | ".join(NETWORKS)} |\n|---|---|---|{"---|" * len(NETWORKS)}', flush=True)
     for row, (function, distribution, what, _) in enumerate(ROWS):
         if args.clients and function.__name__ not in args.clients:
