@@ -29,17 +29,7 @@ from timm_regnet_reg.commands import reproduce
 from timm_regnet_reg.errors import UserError
 from timm_regnet_reg.papers import results as papers_results
 from timm_regnet_reg.papers.resident import Network
-from timm_regnet_reg.papers.results import (
-    COLUMNS,
-    ROWS,
-    TABLES,
-    Row,
-    Run,
-    add_result,
-    read_results,
-    report,
-    scheduled_epochs,
-)
+from timm_regnet_reg.papers.results import COLUMNS, ROWS, TABLES, Row, Run, add_result, read_results, report
 from timm_regnet_reg.weights.files import locked
 
 RECIPE = load('cifar10')
@@ -388,7 +378,7 @@ def test_the_last_epoch_is_that_of_the_schedule_with_cooldown_and_warmup(clone, 
     """The script in place of train.py trains two epochs."""
     for change in (dict(cooldown_epochs=1), dict(warmup_prefix=True, warmup_epochs=1)):
         recipe = {**SHORT, 'sched': 'cosine', **change}
-        assert [scheduled_epochs({**recipe, 'epochs': epochs}) for epochs in (1, 2)] == [2, 3]
+        assert [papers_results.scheduled_epochs({**recipe, 'epochs': epochs}) for epochs in (1, 2)] == [2, 3]
     Path('train_recipes/cifar10.yaml').write_text(yaml.safe_dump(recipe))
     run = subprocess.run  # without `-m timm_regnet_reg run`, which takes seconds to start
     monkeypatch.setattr(subprocess, 'run', lambda command, **kwargs: run([command[0], *command[4:]], **kwargs))
