@@ -45,9 +45,6 @@ def trained(tmp_path_factory):
     args = argparse.Namespace(
         model=MODEL,
         num_classes=3,
-        in_chans=None,
-        input_size=None,
-        gp=None,
         model_kwargs={},
         epochs=3,
         seed=7,

@@ -1,7 +1,7 @@
 """Heavy clients, which no test installs: `python tests/heavy_clients.py [CLIENT ...]` tries those that are installed.
 
 It prints a Markdown table: the largest difference to torch's outputs, relative to the largest of these, or the error
-in a few words. Every row is a process of its own with a time limit: a crash or a hang loses one cell of the table.
+in a few words. Every cell is a process of its own with a time limit: a crash or a hang loses that one alone.
 Core ML predicts on Apple's machines alone; here its program is run operation by operation, by torch.
 """
 
@@ -205,43 +205,37 @@ ROWS = [
 ]
 
 
-def run(row, networks):
-    """The row's cells, in this process: a line each."""
+def run(row, network):
+    """A cell of the table, in this process."""
     function, _, _, reparameterised = ROWS[row]
     torch.set_num_threads(1)
-    for network in networks:
-        model = lively(NETWORKS[network])
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            try:
-                found = function(reparameterize_model(model) if reparameterised else model, images(1), folder)
-            except Exception as error:
-                traceback.print_exc()
-                found = f'{type(error).__name__}: {" ".join(str(error).split())[:90]}'.replace('|', '/')
-        print(f'\n{network}: {found}', flush=True)
-
-
-def cells(row):
-    """The row's cells, by processes of their own: one more whenever one dies or hangs."""
-    found = {}
-    while rest := [network for network in NETWORKS if network not in found]:
-        command = [sys.executable, '-W', 'ignore', os.path.abspath(__file__), '--row', str(row), *rest]
+    model = lively(NETWORKS[network])
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT)
-            output, end = done.stdout, f'the process ended with {done.returncode}'
-        except subprocess.TimeoutExpired as error:
-            output, end = (error.stdout or b'').decode(), f'not done after {LIMIT} s'
-        found.update(re.findall(f'^({"|".join(rest)}): (.*)', output, re.M))
-        found.setdefault(next((network for network in rest if network not in found), rest[-1]), end)
-    return [found[network] for network in NETWORKS]
+            return function(reparameterize_model(model) if reparameterised else model, images(1), folder)
+        except Exception as error:
+            traceback.print_exc()
+            return f'{type(error).__name__}: {" ".join(str(error).split())[:90]}'.replace('|', '/')
+
+
+def cell(row, network):
+    """The same, in a process of its own."""
+    command = [sys.executable, '-W', 'ignore', os.path.abspath(__file__), '--cell', str(row), network]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return f'not done after {LIMIT} s'
+    found = re.findall('^found: (.*)', done.stdout, re.M)
+    return found[-1] if found else f'the process ended with {done.returncode}'
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('clients', nargs='*', help=f'of {", ".join(dict.fromkeys(row[0].__name__ for row in ROWS))}')
-    parser.add_argument('--row', type=int, help=argparse.SUPPRESS)
+    parser.add_argument('--cell', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.row is not None:
-        return run(args.row, args.clients)
+    if args.cell:
+        return print('\nfound:', run(int(args.cell[0]), args.cell[1]), flush=True)
     print(f'| client | version | what | {" | ".join(NETWORKS)} |\n|---|---|---|{"---|" * len(NETWORKS)}', flush=True)
     for row, (function, distribution, what, _) in enumerate(ROWS):
         if args.clients and function.__name__ not in args.clients:
@@ -251,7 +245,8 @@ def main():
         except importlib.metadata.PackageNotFoundError:
             print(f'{distribution} is not installed', file=sys.stderr)
         else:
-            print(f'| {distribution} | {version} | {what} | {" | ".join(cells(row))} |', flush=True)
+            found = ' | '.join(cell(row, network) for network in NETWORKS)
+            print(f'| {distribution} | {version} | {what} | {found} |', flush=True)
 
 
 if __name__ == '__main__':

@@ -1,15 +1,13 @@
 """A small local Hub for tests: as much of its HTTP API as the real huggingface_hub client needs.
 
-Repositories are private or public, and hold commits, branches and pull requests, all files without LFS. `fault()` makes
-one step fail. With the fixture `hub`, the client in the test's own process talks to the server, with the owner's token;
-a subprocess gets `env=hub.env(cache=folder)`. What the server answers follows the client's own source and the Hub's
-documented API.
+Repositories are private or public, and hold commits, branches and pull requests, all files without LFS. With the
+fixture `hub`, the client in the test's own process talks to the server, with the owner's token. What the server answers
+follows the client's own source and the Hub's documented API.
 """
 
 import base64
 import hashlib
 import json
-import os
 import re
 import socket
 import threading
@@ -47,6 +45,8 @@ class HubServer:
     def __init__(self):
         self.repos: dict[str, Repo] = {}
         self.requests = []  # 'METHOD path' of each request
+        # by a step in _ROUTES, or 'answer', that of a commit that is done: 'drop' closes the connection amid a request,
+        # '500' answers so, 'corrupt' tells other hashes
         self.faults: dict[str, str] = {}
         self.http = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
         self.endpoint = f'http://127.0.0.1:{self.http.server_address[1]}'
@@ -63,20 +63,6 @@ class HubServer:
     def snapshot(self) -> dict:
         """All that a visitor sees: each repository's branches and pull requests, and their files."""
         return {name: {ref: self.files(name, ref) for ref in repo.refs} for name, repo in self.repos.items()}
-
-    def fault(self, kind: str, step: str) -> None:
-        """Makes a step in _ROUTES fail, or 'answer', that of a commit that is done, until it is taken out of `faults`.
-
-        'drop' closes the connection amid a request, '500' answers so, 'corrupt' tells other hashes.
-        """
-        assert step == 'answer' or step in [step for _, step in _ROUTES]
-        self.faults[step] = kind
-
-    def env(self, cache) -> dict:
-        """The environment of a subprocess whose huggingface_hub talks to this server, with its own cache folder."""
-        env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
-        env.update(HF_ENDPOINT=self.endpoint, HF_HOME=str(cache), HF_HUB_CACHE=os.path.join(cache, 'hub'))
-        return {**env, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1'}
 
 
 class Refused(Exception):
@@ -134,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def find(self, repo_id: str, revision: str) -> tuple:
         if repo_id not in self.hub.repos:
-            raise Refused(404 if 'Authorization' in self.headers else 401, 'RepoNotFound', 'Repository not found')
+            raise Refused(404, 'RepoNotFound', 'Repository not found')
         repo, revision = self.hub.repos[repo_id], unquote(revision)
         oid = repo.refs.get(revision, revision)
         if oid not in repo.commits:
@@ -212,7 +198,7 @@ _ROUTES = (
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A fresh HubServer; this process's huggingface_hub talks to it as its owner, with an empty cache, unhurried."""
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
     server = HubServer()
@@ -224,7 +210,6 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
     hasty = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})  # no waits between the client's retries
     monkeypatch.setattr(_http, 'time', hasty)
-    monkeypatch.setattr(file_download, 'time', hasty)
     monkeypatch.setenv('HF_TOKEN', 'hf_owner')
     monkeypatch.delenv('HUGGING_FACE_HUB_TOKEN', raising=False)
     yield server

@@ -4,12 +4,14 @@ import errno
 import hashlib
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_files import raising
 from torchvision.datasets import CIFAR10
 
 from timm_regnet_reg.__main__ import main
@@ -68,11 +70,6 @@ def check(folder):
     assert {path.name for path in folder.iterdir()} == {'train', 'validation'}
 
 
-def test_images_of_a_folder_are_padded_and_otherwise_exact(source, tmp_path):
-    assert main(['cifar', str(tmp_path / 'out'), '--source', str(source)]) == 0
-    check(tmp_path / 'out')
-
-
 def test_cifar100_has_a_hundred_classes(source, tmp_path, capsys):
     command = ['cifar', str(tmp_path / 'out'), '--dataset', 'cifar100', '--source', str(source)]
     assert main(command) == 1
@@ -98,12 +95,9 @@ def test_a_damaged_download_leaves_nothing(archive, tmp_path, capsys):
 
 
 def test_cifar100_is_another_download(archive, tmp_path, capsys, monkeypatch):
-    def away(*args, **kwargs):
-        raise OSError('CIFAR-100 is away')
-
-    monkeypatch.setattr(cifar, 'CIFAR100', away)
+    monkeypatch.setattr(cifar, 'CIFAR100', raising(errno.EHOSTDOWN))
     assert main(['cifar', str(tmp_path / 'out'), '--dataset', 'cifar100']) == 1
-    assert 'cifar100: could not be downloaded (CIFAR-100 is away)' in capsys.readouterr().err
+    assert re.search(r'cifar100: could not be downloaded \(.*Host is down\)', capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +106,7 @@ def test_cifar100_is_another_download(archive, tmp_path, capsys, monkeypatch):
         (lambda d: Image.new('RGB', (33, 32)).save(d / 'validation/class9/a.png'), 'class9/a.png: is 33x32'),
         (lambda d: os.truncate(d / 'train/class3/a.png', 1000), 'cannot be read'),
         (lambda d: (d / 'validation').rename(d / 'test'), 'validation: no such folder'),
+        (lambda d: [path.unlink() for path in d.rglob('*.png')], 'train: holds no images'),
         (lambda d: (d / 'validation/class4').rename(d / 'validation/dog'), 'missing: class4; added: dog'),
     ],
 )
@@ -123,7 +118,7 @@ def test_a_source_that_is_not_cifar_is_refused_and_leaves_nothing(spoil, message
 
 
 @pytest.mark.parametrize('target', ['link', 'dangling', 'here'])
-def test_a_folder_stays_what_it_is(target, source, tmp_path, monkeypatch):
+def test_images_of_a_folder_are_padded_and_exact_and_the_output_stays_what_it_is(target, source, tmp_path, monkeypatch):
     """A link to a mount point, empty or not there, and the working directory, which a shell would lose."""
     real, rename = tmp_path / 'real', os.rename
     if target != 'dangling':
@@ -147,11 +142,8 @@ def test_a_folder_stays_what_it_is(target, source, tmp_path, monkeypatch):
     'arguments, message',
     [
         (['{file}'], 'is a file'),
-        (['{file}/out'], 'cannot be written'),
-        (['a' * 300], 'cannot be written'),
         (['a' * 250], 'cannot be written'),
         (['{source}'], 'not empty'),
-        (['{source}/../out', '--source', 'a' * 300], 'no such folder'),
         (['{source}/../out', '--source', ''], 'no such folder'),
     ],
 )

@@ -77,9 +77,7 @@ def test_several_images_and_folders_in_the_order_given(classify, photo, tmp_path
 @pytest.mark.parametrize(
     'make, message',
     [
-        (lambda path, data: path.write_text('this is no image'), 'cannot be read as an image'),
         (lambda path, data: path.write_bytes(data[:-1500]), 'cannot be read as an image'),
-        (lambda path, data: path.touch(), 'cannot be read as an image'),
         (lambda path, data: (path / 'below').mkdir(parents=True), 'holds no images'),
         (lambda path, data: Image.new('I', (32, 32), 300).save(path, 'tiff'), 'it has 32 bits a pixel'),
         (lambda path, data: Image.new('F', (32, 32), 300).save(path, 'tiff'), 'it has 32 bits a pixel'),
@@ -139,7 +137,6 @@ def test_photo_is_turned_as_the_camera_was_and_data_is_as_timms(photo, tmp_path)
         (dict(label_descriptions=['a']), 'label_descriptions of others'),
         (dict(pretrained_cfg={'interpolation': 'nope'}), 'cannot classify'),
         (dict(pretrained_cfg={'std': [0, 0, 0]}), 'error: local-dir:'),
-        (dict(pretrained_cfg={'input_size': [3, -5, 32]}), 'error: local-dir:'),
     ],
 )
 def test_network_that_would_answer_at_random_is_refused(change, message, packaged, photo, classify, tmp_path):
@@ -155,16 +152,13 @@ def test_network_that_would_answer_at_random_is_refused(change, message, package
     'args, told',
     [
         ([''], "error: '': no such file or folder"),
-        (['n' * 300], 'nn: no such file or folder'),
         (['{photo}', 'http://no/such.png'], 'error: http://no/such.png: no such file or folder'),
         (['{photo}', '--topk', '0'], "--topk: '0' was given, expected a whole number"),
         (['{photo}', '--device', 'nope'], 'error: --device nope: expected cpu'),
-        (['{photo}', '--device', 'cuda:99'], 'error: --device cuda:99: expected cpu'),
         (['{photo}', '--device', 'meta'], 'error: --device meta: expected cpu'),
         (['{photo}', '--model', 'regnet_reg_resnet20_convltsm'], 'regnet_reg_resnet20_convltsm: could not be loaded'),
         (['{photo}', '--model', 'timm/resnet18.a1_in1k'], 'hf-hub:OWNER/NAME'),
         (['{photo}', '--model', 'regnet_reg_resnext50_2x40d_convlstm'], 'No pretrained weights exist'),
-        (['{photo}', '--model', 'local-dir:no/such'], 'error: local-dir:no/such: could not be loaded'),
         (['{photo}', '--model', '{photo}'], 'png: is a file; give local-dir:FOLDER'),
         (['{photo}', '--model', 'local-dir:{photo}'], 'png: is a file; give local-dir:FOLDER'),
     ],

@@ -164,33 +164,6 @@ def test_distributed_training_keeps_outputs_and_gradients(cell, how, steps, one_
     assert_close(*results)
 
 
-@every_cell
-def test_training_with_a_gradient_scaler_goes_down(cell, steps):
-    model, x = small(cell)
-    model.train()
-    y = torch.arange(7).to(DEVICE)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    scaler = torch.amp.GradScaler(DEVICE)
-    losses = []
-    for _ in range(30):
-        with torch.autocast(DEVICE, torch.float16):
-            loss = torch.nn.functional.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0], losses
-
-
-def test_regulate_stays_on_the_device():
-    plain, x = network('cifar_resnet20').to(DEVICE), images(size=32).to(DEVICE)
-    model = timm_regnet_reg.regulate(plain)
-    assert {p.device.type for p in model.parameters()} == {DEVICE}
-    with torch.no_grad():
-        assert error([model(x)], [plain(x)]) < 1e-4
-
-
 def test_commands_run_on_the_device(packaged, image_folder, tmp_path, capsys):
     model = f'local-dir:{packaged}'
     photo = next((image_folder / 'validation').rglob('*.png'))

@@ -83,9 +83,7 @@ def test_reparameterized_network_is_copied_saved_and_scripted(net, tmp_path):
     expected = folded(x)
     for same in (copy.deepcopy(folded), torch.load(tmp_path / 'model.pt', weights_only=False), other):
         assert torch.equal(same(x), expected)
-    scripted = torch.jit.script(folded)
-    assert_close(scripted(x), expected)
-    assert_close(torch.jit.freeze(scripted)(x), expected)
+    assert_close(torch.jit.script(folded)(x), expected)
 
 
 def test_feature_extractors_regulated_and_pruned_networks_are_reparameterized():
@@ -271,23 +269,18 @@ def test_file_with_outputs_that_are_not_finite_or_wrong_for_a_batch_does_not_pas
     assert export.largest_difference(model, tmp_path / 'bad.onnx') == pytest.approx(0.5), 'wrong for one batch size'
 
 
-def rename(*folders):
-    for folder in folders:
-        folder.rename(folder.with_name('dog'))
-
-
 @with_onnx
 @pytest.mark.parametrize(
-    'change, message',
+    'renamed, message',
     [
-        (lambda d: rename(d / 'validation/ant'), 'its classes, or their order, are not those of DATA/train'),
-        (lambda d: rename(d / 'train/ant', d / 'validation/ant'), 'not those of the model (missing: ant; added: dog)'),
-        (lambda d: shutil.rmtree(d / 'validation/ant'), 'validation: holds 2 classes'),
+        (['validation/ant'], 'its classes, or their order, are not those of DATA/train'),
+        (['train/ant', 'validation/ant'], 'not those of the model (missing: ant; added: dog)'),
     ],
 )
-def test_wrong_data_is_told_before_the_work(run, packaged, data_dir, change, message, tmp_path, monkeypatch):
+def test_wrong_data_is_told_before_the_work(run, packaged, data_dir, renamed, message, tmp_path, monkeypatch):
     monkeypatch.setattr(export, 'export_onnx', lambda *args: pytest.fail('the work began'))
-    change(data_dir)
+    for name in renamed:
+        (data_dir / name).rename((data_dir / name).with_name('dog'))
     code, out, err = run(tmp_path / 'net.onnx', '--model', f'local-dir:{packaged}', '--int8', data_dir)
     assert (code, out) == (1, '') and message.replace('DATA', str(data_dir)) in err
     assert os.listdir(tmp_path) == ['data']
@@ -311,7 +304,6 @@ def test_damaged_image_is_named_and_no_int8_file_left(run, packaged, data_dir, t
         (['net.pt'], 'ends in .onnx'),
         (['/proc/net.onnx'], 'error: /proc/net.onnx: cannot be written'),
         (['net.onnx', '--model', 'resnet51'], 'Unknown model'),
-        (['net.onnx', '--int8', 'nowhere'], 'nowhere/train: no such folder'),
         (['net.onnx', '--int8', ''], 'train: no such folder'),
     ],
     ids=str,

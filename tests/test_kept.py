@@ -39,7 +39,6 @@ def network(name, regulate_kwargs, **kwargs):
         ('resnetrs50', dict(cell='convrnn'), dict(TINY, drop_path_rate=0.2, drop_block_rate=0.1, global_pool='max')),
         ('resnet34', {}, dict(TINY, block_args=dict(attn_layer='eca'), num_classes=0)),
         ('resnetblur18', dict(stages=()), TINY),
-        ('wide_resnet50_2', {}, TINY),
         ('cifar_resnet20', {}, dict(shortcut='pad')),
         ('cifar_seresnet20', dict(stages=(1, 3)), dict(output_stride=2)),
         ('regnet_reg_resnet50_convgru', dict(cell='convrnn'), dict(TINY, regulated_stages=(), shortcut='none')),
@@ -48,7 +47,6 @@ def network(name, regulate_kwargs, **kwargs):
         ('regnet_reg', None, dict(TINY, backbone='resnext50_32x4d', cell='convrnn', regulated_stages=(2, 4))),
         ('regnet_reg', None, dict(backbone='cifar_resnet20.cifar10', cell='convgru')),
         ('regnet_reg_resnet50_convlstm', None, dict(TINY, regulated_stages=(1,), act_layer='silu')),
-        ('regnet_reg_resnet20_convgru', None, dict(shortcut='pad', output_stride=4)),
     ],
     ids=str,
 )

@@ -22,8 +22,7 @@ from timm.models.resnet import BasicBlock
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounter
-from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 import timm_regnet_reg
 from timm_regnet_reg import cells
@@ -130,26 +129,6 @@ print([module for module in sys.modules if module.startswith(drawers)])
 
 
 # Heads and features
-
-
-@pytest.mark.parametrize('net', NETS)
-def test_head_and_features_come_apart(net):
-    model = lively(net)
-    x = images(model)
-    logits, features = model(x), model.forward_features(x)
-    pooled = model.forward_head(features, pre_logits=True)
-    assert_close(pooled, features.mean((2, 3)))
-    assert pooled.shape == (2, model.num_features) == (2, model.head_hidden_size)
-    assert torch.equal(model.forward_head(features), logits)
-    assert torch.equal(model.get_classifier()(pooled), logits)
-    model.reset_classifier(5, 'max')
-    assert torch.equal(model(x), model.fc(features.amax((2, 3))))
-    for pool, expected in (('max', features.amax((2, 3))), ('avg', pooled), ('', features)):
-        model.reset_classifier(0, pool)
-        assert model.num_classes == 0
-        for headless in (model, lively(net, num_classes=0, global_pool=pool)):
-            assert torch.equal(headless(x), expected)
-    assert lively(net, global_pool='catavgmax')(x).shape == logits.shape
 
 
 @pytest.mark.parametrize('net', NETS)
@@ -372,17 +351,6 @@ def test_grad_checkpointing_changes_nothing_but_memory(net, feature_cls):
 # Inputs of every kind
 
 
-@pytest.mark.parametrize('size', [(33, 33), (97, 97), (225, 225), (40, 72), (51, 34)], ids=str)
-@pytest.mark.parametrize('net', ['cifar', 'basic', 'bottleneck', 'bottleneck d', 'no shortcut'])
-def test_any_image_and_batch_size(net, size):
-    model, plain = lively(net), lively(net, regulated_stages=(), shortcut='conv')
-    x = images(model, 3, size)
-    _, features = model.forward_intermediates(x)
-    assert [f.shape for f in features] == [f.shape for f in plain.forward_intermediates(x)[1]]
-    assert all(f.isfinite().all() for f in features)
-    assert_close(torch.cat([model(image[None]) for image in x]), model(x), 1e-4)
-
-
 @pytest.mark.parametrize('net', NETS)
 def test_channels_last_is_kept_through_the_network(net):
     model = lively(net).double()
@@ -419,21 +387,9 @@ def test_precisions(net):
         assert_close(low, expected, tolerance, str(dtype))
     with torch.autocast('cpu', torch.bfloat16):
         assert_close(model(x), expected, 1e-9, 'autocast, which leaves float64 alone')
-        low = model.float()(x.float())
-    assert low.dtype == torch.bfloat16
-    assert_close(low, expected, 0.1, 'autocast')
 
 
 # torch.func and forward-mode derivatives
-
-
-@pytest.mark.parametrize('net', ONE_OF_EACH)
-def test_ensembles_run_as_one_network(net):
-    models = [lively(net), create(net).eval()]
-    x = images(models[0])
-    stateless = copy.deepcopy(models[0]).to('meta')
-    actual = vmap(lambda *state: functional_call(stateless, state, (x,)))(*stack_module_state(models))
-    assert_close(actual, torch.stack([model(x) for model in models]))
 
 
 @pytest.mark.parametrize('net', ONE_OF_EACH)
@@ -457,9 +413,6 @@ def test_forward_mode_derivatives(net):
     small = 1e-6
     expected = (model(x + small * v) - model(x - small * v)) / (2 * small)
     assert_close(jvp(model, (x,), (v,))[1], expected, 1e-4)
-    with torch.no_grad(), forward_ad.dual_level():
-        actual = forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))).tangent
-    assert_close(actual, expected, 1e-4)
 
 
 # Compilers
@@ -478,14 +431,6 @@ def test_compiles_to_one_graph(net):
     assert counter.frame_count == 1, 'another batch size compiled anew'
 
 
-def test_compiles_to_machine_code():
-    torch._dynamo.reset()
-    model = lively('cifar', layers=(2, 1, 1), regulated_stages=(1,))
-    x = images(model)
-    with torch.no_grad():
-        assert_close(torch.compile(model, fullgraph=True)(x), model(x))
-
-
 @pytest.mark.parametrize('net', ONE_OF_EACH)
 def test_scripts(net):
     model = lively(net)
@@ -502,7 +447,7 @@ def test_scripts(net):
 
 
 @pytest.mark.parametrize('net', NETS)
-def test_copies_and_files_hold_the_whole_network(net, tmp_path):
+def test_copies_and_files_hold_the_whole_network_and_nothing_of_an_earlier_forward(net, tmp_path):
     model, fresh = lively(net), create(net).eval()
     x = images(model)
     torch.save(model, tmp_path / 'model.pt')
@@ -512,21 +457,8 @@ def test_copies_and_files_hold_the_whole_network(net, tmp_path):
         assert torch.equal(other(x), expected)
         for p in other.parameters():
             p.data.add_(1)  # nothing is shared
+    model(images(model, 5, (33, 65), seed=1))
     assert torch.equal(model(x), expected)
-
-
-@pytest.mark.parametrize('net', NETS)
-def test_no_state_survives_a_forward(net):
-    model = lively(net)
-    weights = copy.deepcopy(model.state_dict())
-    x = images(model)
-    expected = model(x)
-    for batch, size in ((1, (40, 40)), (5, (33, 65)), (2, None)):
-        model(images(model, batch, size, seed=1))
-        assert torch.equal(model(x), expected)
-    train_step(model, images(model, 4, seed=2))
-    model.load_state_dict(weights)
-    assert torch.equal(model.eval()(x), expected)
     assert not any(isinstance(value, torch.Tensor) for m in model.modules() for value in vars(m).values())
 
 
@@ -584,11 +516,9 @@ def test_takes_what_timms_resnet_takes(net, kwargs):
 @pytest.mark.parametrize(
     'net, kwargs, message',
     [
-        ('basic', dict(regulated_stages=(5,)), r'\(5,\).*from 1 to 4'),
         ('basic', dict(regulated_stages=(0, 1)), r'\(0, 1\).*from 1 to 4'),
         ('cifar', dict(regulated_stages=(4,)), r'\(4,\).*from 1 to 3'),
         ('cifar', dict(regulated_stages=1), r'1.*tuple.*from 1 to 3'),
-        ('cifar', dict(regulated_stages='all'), r"'all'.*from 1 to 3"),
         ('basic', dict(shortcut='pad'), r"'pad'.*conv, none"),
         ('cifar', dict(shortcut='identity'), r"'identity'.*conv, pad, none"),
         ('cifar', dict(shortcut='none', zero_init_last=True), 'zero_init_last'),
@@ -598,12 +528,9 @@ def test_takes_what_timms_resnet_takes(net, kwargs):
         ('cifar', dict(output_stride=7), 'Output stride 7 .*2, 4, 8, 16, 32'),
         ('basic', dict(features_only=True, out_indices=(5,)), r'out_indices=\(5,\) .* 0 to 4'),
         ('cifar', dict(features_only=True, out_indices=(-5,)), r'out_indices=\(-5,\) .* 0 to 3'),
-        ('cifar', dict(features_only=True, out_indices=5), 'out_indices=5 .* from 1 to 4'),
         ('cifar', dict(features_only=True, out_indices=-1), 'out_indices=-1 .* from 1 to 4'),
-        ('basic', dict(features_only=True, out_indices=()), r'out_indices=\(\) .* 0 to 4'),
-        ('cifar', dict(channels=(32, 64, 128)), 'channels was given: the CIFAR form'),
+        ('cifar', dict(channels=(8, 8, 8), replace_stem_pool=True), 'channels, replace_stem_pool was given: the CIFAR'),
         ('cifar', dict(stem_width=32, stem_type='deep'), 'stem_type, stem_width was given: the CIFAR form'),
-        ('cifar', dict(replace_stem_pool=True), 'replace_stem_pool was given: the CIFAR form'),
     ],
     ids=str,
 )

@@ -17,10 +17,9 @@ import safetensors.torch
 import timm
 import torch
 from conftest import CLASSES, MODEL
-from huggingface_hub import constants
-from huggingface_hub.errors import HTTPError
-from networks import CELLS, TINY, assert_close, enliven, images, randomize
-from timm.models import get_pretrained_cfg, push_to_hf_hub, save_for_hf
+from networks import CELLS, IN_TIMM, TINY, assert_close, images, randomize
+from test_models import MODELS, backbone_of
+from timm.models import get_pretrained_cfg, save_for_hf
 
 import timm_regnet_reg
 from timm_regnet_reg import pretrained
@@ -29,18 +28,7 @@ from timm_regnet_reg.weights.folder import check_folder
 
 WARM = 'regnet_reg_resnet18_convlstm'
 REPO = 'timm/resnet18.a1_in1k'
-OURS = timm.list_models(['regnet_reg_*', 'cifar_resnet*', 'cifar_seresnet*'])
 FOLDERS = sorted(path.parent for path in pretrained.WEIGHTS_FOLDER.glob('[!.]*/config.json'))
-
-
-def backbone_of(name):
-    """timm's name of a regulated ImageNet model's backbone, None for the CIFAR form."""
-    backbone = name.removeprefix('regnet_reg_').rsplit('_', 1)[0]
-    return None if backbone.removeprefix('se').removeprefix('resnet') in ('20', '32', '44', '56', '110') else backbone
-
-
-def trained_names(name=''):
-    return [folder.name for folder in FOLDERS if folder.name.startswith(name)]
 
 
 def files_of(model, folder):
@@ -125,18 +113,6 @@ def test_weights_that_are_regulated_already_are_no_backbone(tag):
     assert not model.pretrained_cfg.get('label_names')
 
 
-def test_warm_start_of_a_d_variant(hub, tmp_path):
-    """Its stem is a Sequential, so that the channels of `conv1.0` are what in_chans adapts. One block a stage."""
-    small = dict(layers=(1, 1, 1, 1))
-    hub.add_repo('timm/resnet50d.ra2_in1k', files_of(randomize(timm.create_model('resnet50d', **small)), tmp_path))
-    for kwargs in ({}, dict(in_chans=1, features_only=True)):
-        model = timm.create_model('regnet_reg_resnet50d_convgru', pretrained=True, **small, **kwargs).eval()
-        plain = timm.create_model('resnet50d', pretrained=True, **small, **kwargs).eval()
-        x = torch.randn(2, kwargs.get('in_chans', 3), 64, 64)
-        assert_close(model(x), plain(x))
-    assert model.pretrained_cfg['first_conv'] == 'conv1.0'
-
-
 @pytest.mark.parametrize('name, kwargs', [(MODEL, {}), ('regnet_reg', dict(backbone='cifar_resnet20', cell='convgru'))])
 def test_own_plain_weights_start_a_regulated_network_where_strictness_is_off(name, kwargs):
     plain = randomize(timm.create_model('cifar_resnet20')).eval()
@@ -164,46 +140,19 @@ def test_a_tags_network_takes_weights_of_another_place_as_train_py_names_them(tm
 
 
 @pytest.mark.parametrize('name', ['resnet18', WARM])
-def test_overlay_names_other_weights(timm_hub, tmp_path, name):
+def test_overlay_names_other_weights(hub, tmp_path, name):
     """Of a backbone, or of a regulated network, whose regulators are loaded, too."""
     other = randomize(timm.create_model(name, num_classes=5, **TINY), seed=3).eval()
-    timm_hub.add_repo('owner/other', files_of(other, tmp_path / 'other'))
     torch.save(dict(state_dict=other.state_dict(), epoch=3), tmp_path / 'last.pth.tar')
-    for overlay in (
-        dict(hf_hub_id='owner/other'),
-        dict(file=str(tmp_path / 'other/model.safetensors')),
-        dict(file=str(tmp_path / 'last.pth.tar')),
-        dict(state_dict=other.state_dict()),
-        # of before torch 0.4.1
-        dict(state_dict={key: t for key, t in other.state_dict().items() if not key.endswith('num_batches_tracked')}),
-    ):
+    # as before torch 0.4.1
+    uncounted = {key: t for key, t in other.state_dict().items() if not key.endswith('num_batches_tracked')}
+    for overlay in (dict(file=str(tmp_path / 'last.pth.tar')), dict(state_dict=uncounted)):
         overlay['num_classes'] = 5
-        model = timm.create_model(WARM, pretrained=True, pretrained_cfg_overlay=overlay, **TINY).eval()
-        assert_close(model(images(model)), other(images(model)), 1e-4)
-    assert not any(REPO in request for request in timm_hub.requests)
-
-
-def test_warm_start_offline_from_the_cache(timm_hub, resnet18, monkeypatch, tmp_path):
-    cache = str(tmp_path / 'mine')
-    timm.create_model(WARM, pretrained=True, cache_dir=cache, **TINY)
-    assert sorted(os.listdir(cache))[-1] == 'models--timm--resnet18.a1_in1k'
-    assert not os.path.exists(constants.HF_HUB_CACHE)
-    timm.create_model(WARM, pretrained=True, **TINY)
-    timm_hub.requests.clear()
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    for kwargs in ({}, dict(cache_dir=cache)):
-        model = timm.create_model(WARM, pretrained=True, **TINY, **kwargs).eval()
-        assert_close(model(images(model)), resnet18[0](images(model)))
-    assert timm_hub.requests == []
-
-
-def test_failed_download_is_the_hubs_clients_error_and_leaves_a_usable_cache(timm_hub, resnet18):
-    timm_hub.fault('drop', 'read')
-    with pytest.raises((OSError, HTTPError)):
-        timm.create_model(WARM, pretrained=True, **TINY)
-    timm_hub.faults.clear()
-    model = timm.create_model(WARM, pretrained=True, **TINY).eval()
-    assert_close(model(images(model)), resnet18[0](images(model)), 1e-4)
+        for strict in (True, False):
+            how = dict(pretrained=True, pretrained_cfg_overlay=overlay, pretrained_strict=strict)
+            model = timm.create_model(WARM, **how, **TINY).eval()
+            assert_close(model(images(model)), other(images(model)), 1e-4)
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(
@@ -242,53 +191,24 @@ def test_warm_start_has_timms_own_config():
         assert cfg.hf_hub_id.split('/')[0] == 'timm' and cfg.file is None and cfg.source is None
 
 
-def test_list_pretrained_is_timms_backbones_and_the_trained_folders():
-    expected = set(trained_names())
-    for name in OURS:
-        if name.startswith('regnet_reg_') and backbone_of(name):
-            tags = [theirs.split('.')[1] for theirs in timm.list_pretrained(backbone_of(name))]
-            expected.update(f'{name}.warm_{tag}' for tag in tags)
+def test_every_model_has_its_tags_and_the_first_one_by_default():
+    """Those of the trained folders, then timm's of its backbone, timm's own default first."""
+    expected, without = set(), []
+    for name in MODELS:
+        tags = [folder.name.split('.')[1] for folder in FOLDERS if folder.name.startswith(f'{name}.')]
+        if backbone_of(name) in IN_TIMM:
+            default = get_pretrained_cfg(backbone_of(name)).tag
+            theirs = [listed.split('.')[1] for listed in timm.list_pretrained(backbone_of(name))]
+            tags += [f'warm_{tag}' for tag in sorted(theirs, key=lambda tag: tag != default)]
+        cfg = get_pretrained_cfg(name)
+        assert (cfg.architecture, cfg.tag, bool(cfg.has_weights)) == (name, (tags or [None])[0], bool(tags))
+        expected.update(f'{name}.{tag}' for tag in tags)
+        without += [] if tags else [name]
     listed = timm.list_pretrained(['regnet_reg_*', 'cifar_resnet*', 'cifar_seresnet*'])
     assert len(listed) == len(set(listed)) and set(listed) == expected
-    assert set(timm.list_pretrained('regnet_reg_*')) == {name for name in expected if name.startswith('regnet_reg_')}
-
-
-def test_every_model_has_a_config_and_its_default_tag():
-    assert len(OURS) == 103  # and the one without a backbone in its name, which takes what its backbone has
-    without = []
-    for name in OURS:
-        cfg = get_pretrained_cfg(name)
-        backbone = name.startswith('regnet_reg_') and backbone_of(name)
-        trained = trained_names(f'{name}.')
-        timms = backbone and timm.is_model(backbone) and timm.models.is_model_pretrained(backbone)
-        assert cfg.architecture == name
-        if trained:
-            assert cfg.tag == trained[0].split('.')[1]
-        elif timms:
-            assert cfg.tag == f'warm_{get_pretrained_cfg(backbone).tag}'
-        else:
-            assert cfg.tag is None and not cfg.has_weights
-            without.append(name)
     for name in without[::20]:  # each takes a while to build
         with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}'):
             timm.create_model(name, pretrained=True)
-
-
-# Fine-tuned and saved
-
-
-@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # huggingface_hub's about its own arguments
-def test_fine_tuned_warm_start_saved_by_timm_loads_with_its_regulators(timm_hub, tmp_path):
-    """Its config still says that it started warm; the regulators must be those in the file all the same."""
-    model = enliven(timm.create_model(WARM, pretrained=True, num_classes=3, regulated_stages=(1, 2), **TINY))
-    x = images(model)
-    files_of(model, tmp_path / 'saved')
-    assert json.loads((tmp_path / 'saved/config.json').read_text())['pretrained_cfg']['tag'] == 'warm_a1_in1k'
-    push_to_hf_hub(model, 'owner/tuned', safe_serialization=True)
-    for source in (f'local-dir:{tmp_path / "saved"}', 'hf-hub:owner/tuned'):
-        assert torch.equal(timm.create_model(source, pretrained=True).eval()(x), model(x))
-        features = timm.create_model(source, pretrained=True, num_classes=9).eval().forward_features(x)
-        assert torch.equal(features, model.forward_features(x))
 
 
 # Trained weights
@@ -307,25 +227,6 @@ def load_registered(folder, **kwargs):
     return timm.create_model(MODEL, True, pretrained.trained_cfgs()[folder.name], **kwargs).eval()
 
 
-def load_from_folder(folder, **kwargs):
-    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
-
-
-BOTH = pytest.mark.parametrize('load', [load_registered, load_from_folder])
-
-
-@BOTH
-def test_trained_weights_load_without_network(trained, folder, hub, load):
-    model, x = load(folder), images(trained.model)
-    assert torch.equal(model(x), trained.model(x))
-    assert tuple(model.pretrained_cfg['label_names']) == CLASSES
-    assert model.num_classes == 3 and model.pretrained_cfg['input_size'][-2:] in ((32, 32), [32, 32])
-    features = load(folder, num_classes=9).forward_features(x)
-    assert torch.equal(features, trained.model.forward_features(x))
-    assert torch.equal(load(folder, features_only=True)(x)[-1], features)
-    assert hub.requests == []
-
-
 def test_overlay_of_trained_weights_with_another_repository_or_file(trained, folder, hub, tmp_path):
     """They come with a file, which must not hide what the overlay asks for."""
     hub.add_repo('owner/ema', files_of(trained.ema, tmp_path / 'ema'))
@@ -339,6 +240,7 @@ def test_overlay_of_trained_weights_with_another_repository_or_file(trained, fol
     ):
         model = load_registered(folder, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache')
         assert torch.equal(model(x), trained.ema(x))
+    assert 'models--owner--ema' in os.listdir(tmp_path / 'cache')
 
 
 def test_label_names_are_of_the_packaged_weights_and_of_no_others(tmp_path):
@@ -373,7 +275,7 @@ def test_installed_package_finds_the_weights_inside_itself(trained, packaged, hu
     (weights / '.half.new').mkdir()
     (weights / '.half.new/config.json').write_text('{')  # somebody packages another one meanwhile
     safetensors.torch.save_file({'images': images(trained.model)}, tmp_path / 'images')
-    env = {**os.environ, 'PYTHONPATH': str(site), **hub.env(tmp_path / 'home')}
+    env = {**os.environ, 'PYTHONPATH': str(site), 'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path / 'home')}
     command = [sys.executable, '-c', INSTALLED, tmp_path / 'images']
     run = subprocess.run(command, cwd=site, env=env, stdout=subprocess.PIPE, text=True, check=True)
     outputs, cfg, listed = json.loads(run.stdout.splitlines()[-1])
@@ -400,55 +302,35 @@ def test_every_folder_of_weights_is_whole_and_loads(folder, hub):
 # Bad files
 
 
-def edit(change):
-    def damage(file):
-        state_dict = safetensors.torch.load_file(file)
-        change(state_dict)
-        safetensors.torch.save_file(state_dict, file)
-
-    return damage
-
-
-def replace_by(name):
-    return lambda file: safetensors.torch.save_file(timm.create_model(name, num_classes=3).state_dict(), file)
-
-
 def test_weights_that_are_no_tensors_are_refused_by_name(trained):
     state_dict = {**trained.model.state_dict(), 'layer1.0.bn1.weight': [1.0] * 16}
     with pytest.raises(RuntimeError, match='1 weights are not floating-point tensors: layer1.0.bn1.weight'):
         timm.create_model(MODEL, num_classes=3, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state_dict))
 
 
-@BOTH
-def test_a_classifier_of_another_width_is_refused_unless_it_is_replaced(folder, load):
-    with pytest.raises(RuntimeError, match='size mismatch for fc.weight'):
-        load(folder, global_pool='catavgmax')
-    assert load(folder, global_pool='catavgmax', num_classes=9).fc.in_features == 128
-
-
-@BOTH
 @pytest.mark.parametrize('kwargs', [{}, dict(num_classes=9)], ids=['as it is', 'other classes'])
 @pytest.mark.parametrize(
     'damage, message',
     [
-        (edit(lambda s: s.pop('layer2.0.regulator_bn.weight')), '1 weights are missing: layer2.0.regulator_bn.weight.'),
-        (edit(lambda s: s.update(extra=torch.ones(1))), '1 weights are unexpected: extra.'),
-        (edit(lambda s: s.update({'layer1.0.bn1.weight': torch.ones(9)})), 'size mismatch for layer1.0.bn1.weight'),
-        (edit(lambda s: s['layer3.2.conv2.weight'][0, 0].fill_(torch.nan)), 'not finite: layer3.2.conv2.weight.'),
+        (lambda s: s.pop('layer2.0.regulator_bn.weight'), '1 weights are missing: layer2.0.regulator_bn.weight.'),
+        (lambda s: s.update(extra=torch.ones(1)), '1 weights are unexpected: extra.'),
+        (lambda s: s.update({'layer1.0.bn1.weight': torch.ones(9)}), 'size mismatch for layer1.0.bn1.weight'),
+        (lambda s: s['layer3.2.conv2.weight'][0, 0].fill_(torch.nan), 'not finite: layer3.2.conv2.weight.'),
+        (lambda s: s.update({'layer1.0.bn1.bias': torch.ones(16).char()}), 'floating-point tensors: layer1.0.bn1.bias'),
         (
-            edit(lambda s: s.update({'layer1.0.bn1.bias': torch.ones(16).char()})),
-            'not floating-point tensors: layer1.0.bn1.b',
+            lambda s: [s.pop(key) for key in [*s] if re.search(r'\.(regulator|fusion)', key)],
+            "a plain network's; pretrained_strict=False adds regulators",
         ),
-        (replace_by('regnet_reg_resnet20_convgru'), 'size mismatch for layer1.regulator'),
-        (replace_by('cifar_resnet20'), "a plain network's; pretrained_strict=False adds regulators"),
     ],
-    ids=['missing key', 'extra key', 'shape', 'NaN', 'integers', 'cell', 'plain'],
+    ids=['missing key', 'extra key', 'shape', 'NaN', 'integers', 'plain'],
 )
-def test_bad_weights_are_refused_by_name(folder, load, kwargs, damage, message):
+def test_bad_weights_are_refused_by_name(folder, kwargs, damage, message):
     """timm itself lets keys pass where it adapts the classifier."""
-    damage(folder / 'model.safetensors')
+    state_dict = safetensors.torch.load_file(folder / 'model.safetensors')
+    damage(state_dict)
+    safetensors.torch.save_file(state_dict, folder / 'model.safetensors')
     with pytest.raises(RuntimeError) as error:
-        load(folder, **kwargs)
+        load_registered(folder, **kwargs)
     assert message in str(error.value)
     # torch tells of shapes, when it loads
     assert 'size mismatch' in message or f'weights of {MODEL} could not be loaded' in str(error.value)

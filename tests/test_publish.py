@@ -118,7 +118,7 @@ def test_without_the_right_to_write_nothing_changes(hub, publish, monkeypatch, t
 )
 def test_a_fault_leaves_all_or_nothing_and_says_what_to_do(packaged, hub, publish, kind, step, flags, words):
     head = hub.add_repo('owner/tiny', OTHER)
-    hub.fault(kind, step)
+    hub.faults[step] = kind
     code, _, err = publish(*flags)
     assert code == 1 and words in err and 'run the same command again' in err
     assert ('Check the connection' in err) == (kind != 'corrupt')

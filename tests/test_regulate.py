@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from networks import CELLS, TINY, assert_close, enliven, images
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock
@@ -16,34 +15,22 @@ from timm_regnet_reg.blocks import RegulatedStage
 from timm_regnet_reg.networks import RegulatedResNet
 
 BACKBONES = {
-    'resnet18': ('resnet18', {}),
-    'resnet50': ('resnet50', {}),
     'one block a stage, of both kinds': ('test_resnet', {}),
     'basic': ('resnet34', TINY),
-    'c': ('resnet50c', TINY),
     'd': ('resnet50d', TINY),
-    's': ('resnet50s', TINY),
     't': ('resnet50t', TINY),
-    'basic d': ('resnet18d', TINY),
     'se': ('seresnet50', TINY),
     'basic se': ('seresnet34', TINY),
     'eca': ('ecaresnet50t', TINY),
-    'anti-aliased by pooling': ('resnetaa50', TINY),
     'anti-aliased by blurring': ('resnetblur50', TINY),
     'basic, anti-aliased': ('resnetblur18', TINY),
     'rs': ('resnetrs50', TINY),
-    'resnext': ('resnext50_32x4d', TINY),
     'resnext, anti-aliased, se': ('seresnextaa101d_32x8d', TINY),
-    'wide': ('wide_resnet50_2', TINY),
     'senet': ('senet154', dict(layers=(2, 1, 1, 2), channels=(32, 64, 96, 128), cardinality=8)),
     'reduced': ('resnet50', dict(TINY, block_reduce_first=2)),
     'basic, reduced': ('resnet18', dict(TINY, block_reduce_first=2)),
     'dilated to 8': ('resnet50', dict(TINY, output_stride=8)),
-    'dilated to 16': ('resnet50d', dict(TINY, output_stride=16)),
-    'dropping': ('resnet50', dict(TINY, drop_path_rate=0.2, drop_block_rate=0.1, drop_rate=0.1)),
-    'no classes': ('resnet50', dict(TINY, num_classes=0)),
     'no head': ('resnet50', dict(TINY, num_classes=0, global_pool='')),
-    'one channel': ('resnet50d', dict(TINY, in_chans=1)),
     'cifar': ('cifar_resnet20', {}),
     'cifar se': ('cifar_seresnet20', {}),
     'cifar pad': ('cifar_resnet20', dict(shortcut='pad')),
@@ -71,7 +58,7 @@ def test_outputs_are_unchanged_and_so_is_the_given_network(kind, cell):
     model = backbone(kind)
     before, x = copy.deepcopy(model), images(model)
     regulated = regulate(model, cell)
-    assert isinstance(regulated, RegulatedResNet)
+    assert isinstance(regulated, RegulatedResNet) and regulated.default_cfg is regulated.pretrained_cfg
     assert all(isinstance(stage, RegulatedStage) for stage in regulated.stages())
     weights = regulated.state_dict()
     assert all(torch.equal(weights[key], t) for key, t in model.state_dict().items())
@@ -85,7 +72,6 @@ def test_outputs_are_unchanged_and_so_is_the_given_network(kind, cell):
     assert all(torch.equal(t, u) for t, u in zip(model.state_dict().values(), before.state_dict().values()))
 
 
-@pytest.mark.parametrize('again', [False, True], ids=['made', 'initialised again'])
 @pytest.mark.parametrize(
     'name, plain, kwargs',
     [
@@ -95,12 +81,10 @@ def test_outputs_are_unchanged_and_so_is_the_given_network(kind, cell):
         ('regnet_reg_resnet18_convlstm', 'resnet18', TINY),
     ],
 )
-def test_an_untrained_network_starts_as_its_backbone(name, plain, kwargs, again):
+def test_an_untrained_network_starts_as_its_backbone(name, plain, kwargs):
     torch.manual_seed(0)
     kwargs = dict(kwargs, zero_init_last=False)  # or every residual branch gives zero
     model, plain = timm.create_model(name, **kwargs), timm.create_model(plain, **kwargs)
-    if again:
-        model.init_weights(zero_init_last=False)
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in plain.state_dict()})
     x = images(plain, 32)
     with torch.no_grad():
@@ -146,21 +130,6 @@ def test_gradients_reach_every_regulator_from_the_first_step(kind, cell):
             assert all(gate.any() for gate in gates), name
         elif 'regulator' in name or 'fusion' in name:
             assert p.grad.any(), name
-
-
-def test_regulators_learn():
-    model = regulate(backbone('cifar')).train()
-    start = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    x, y = images(model, 16), torch.arange(16) % 10
-    for _ in range(3):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    for name, p in model.named_parameters():
-        if '.regulator.' in name or '.fusion_conv' in name:
-            assert (p - start[name]).abs().max() > 1e-7, name
-    assert model.layer1[0].fusion_conv_h.weight.abs().max() > 1e-4, 'the state has no influence yet'
 
 
 def test_fusion_starts_with_the_statistics_of_what_it_normalizes():
@@ -249,21 +218,6 @@ def test_only_the_stages_asked_for(kind, stages, found):
     assert found or list(regulated.state_dict()) == list(model.state_dict())
 
 
-@pytest.mark.parametrize(
-    'kind, name', [('resnet18', 'regnet_reg_resnet18_convgru'), ('cifar', 'regnet_reg_resnet20_convgru')]
-)
-def test_the_result_is_the_registered_network(kind, name):
-    regulated, registered = regulate(backbone(kind), 'convgru'), timm.create_model(name).eval()
-    registered.load_state_dict(regulated.state_dict(), strict=True)
-    x = images(regulated)
-    with torch.no_grad():
-        assert torch.equal(registered(x), regulated(x))
-        assert_close(torch.jit.script(regulated)(x), regulated(x))
-    regulated.reset_classifier(5)
-    assert regulated(x).shape == (2, 5)
-    assert regulated.default_cfg is regulated.pretrained_cfg
-
-
 def test_a_network_made_by_its_class_is_regulated():
     model = enliven(ResNet(BasicBlock, (1, 1, 1, 1)))
     x = torch.randn(2, 3, 32, 32)
@@ -286,10 +240,6 @@ def altered(change):
     return make
 
 
-class Grandchild(ResNet):
-    pass
-
-
 small = made('test_resnet')
 not_affine = made('resnet18', norm_layer=lambda n, **kwargs: nn.BatchNorm2d(n, affine=False, **kwargs))
 
@@ -298,21 +248,15 @@ not_affine = made('resnet18', norm_layer=lambda n, **kwargs: nn.BatchNorm2d(n, a
     'make, error, what',
     [
         (made('test_vit'), TypeError, 'VisionTransformer'),
-        (made('resnet18', features_only=True), TypeError, 'FeatureListNet'),
-        (made('regnetx_002'), TypeError, 'RegNet'),
         (made('skresnet18'), TypeError, 'SelectiveKernelBasic'),
-        (lambda: Grandchild(BasicBlock, (1, 1, 1, 1)), TypeError, 'Grandchild'),
-        (lambda: torch.jit.script(small()), TypeError, 'RecursiveScriptModule'),
+        (lambda: type('Grandchild', (ResNet,), {})(BasicBlock, (1, 1, 1, 1)), TypeError, 'Grandchild'),
         (lambda: regulate(small()), ValueError, 'layer1.*regulated already'),
         (made('regnet_reg_resnet20_convgru', regulated_stages=(2,)), ValueError, 'layer2.*regulated already'),
         (altered(lambda model: model.prune_intermediate_layers([2])), ValueError, 'layer3.*pruned'),
         (altered(lambda model: setattr(model, 'layer4', None)), ValueError, 'layer4.*pruned'),
-        (altered(lambda model: setattr(model, 'layer4', nn.Identity())), ValueError, 'layer4.*pruned'),
         (altered(lambda model: setattr(model.layer2[0], 'bn2', nn.Identity())), TypeError, 'layer2.*Identity'),
-        (lambda: timm.layers.convert_splitbn_model(small()), TypeError, 'SplitBatchNorm2d'),
         (made('ecaresnet50d_pruned'), ValueError, 'layer1.*widths, 47, 52'),
-        (made('resnet50_gn', **TINY, norm_layer='groupnorm1'), TypeError, 'layer1.*GroupNorm1'),
-        (lambda: timm.layers.freeze_batch_norm_2d(small()), TypeError, 'layer1.*Frozen'),
+        (lambda: timm.layers.convert_splitbn_model(small()), TypeError, 'SplitBatchNorm2d'),
         (not_affine, TypeError, 'layer1.*BatchNorm2d'),
         (made('resnet18', norm_layer=no_statistics), TypeError, 'layer1.*BatchNorm2d'),
         (made('resnet18', act_layer='silu'), TypeError, 'layer1.*SiLU'),
@@ -327,16 +271,10 @@ def test_what_cannot_be_regulated_is_told_what_can(make, error, what):
         assert word in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    'kwargs, message',
-    [
-        (dict(cell='lstm'), r"'lstm'.*convrnn, convgru, convlstm"),
-        (dict(cell=None), r'None.*convrnn, convgru, convlstm'),
+def test_unknown_cells_and_stages_are_named():
+    for kwargs, message in (
+        (dict(cell='lstm'), "'lstm'.*convrnn, convgru"),
         (dict(stages=(0,)), r'\(0,\).*from 1 to 4'),
-        (dict(stages=1), r'1.*tuple.*from 1 to 4'),
-    ],
-    ids=str,
-)
-def test_unknown_cells_and_stages_are_named(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        regulate(small(), **kwargs)
+    ):
+        with pytest.raises(ValueError, match=message):
+            regulate(small(), **kwargs)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import full_disk
-from PIL import Image, ImageOps
+from PIL import Image
 from test_recipes import RECIPES, load, load_script, train_script  # noqa: F401, a fixture
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
@@ -110,17 +110,6 @@ def test_three_updates_give_the_weights_of_plain_sgd(nesterov, decay, row, tmp_p
     torch.testing.assert_close(network.model.state_dict(), model.state_dict(), rtol=1e-5, atol=1e-5)
 
 
-def test_views_are_all_windows_of_the_padded_image_and_their_mirror_images_bit_for_bit():
-    """He et al., section 4.2; that train.py's crop gives the same windows is in test_recipes.py."""
-    pixels = create_images(1).train
-    picture = Image.fromarray(pixels[0].numpy())
-    places = [(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)]
-    found = resident.views(pixels.expand(len(places), -1, -1, -1), *map(torch.tensor, zip(*places)))
-    for view, (top, left, flip) in zip(found, places):
-        window = picture.crop((left, top, left + 32, top + 32))
-        assert np.array_equal(view, ImageOps.mirror(window) if flip else window)
-
-
 def test_an_epoch_sees_every_image_at_most_once_and_all_windows_are_drawn(tmp_path):
     network = create_network(create_run(batch_size=100), tmp_path, create_images(2050))
     network.draw_views()
@@ -177,42 +166,31 @@ def train(runs, attempt=nullcontext, version='2', stop=math.inf):
     return dict(resident.train(runs, create_images(), {'torch': version}, attempt, stop, compiled=False))
 
 
-def test_a_run_that_was_stopped_and_killed_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch):
-    run, folder, step = create_run(LSTM), tmp_path / 'parts', Network.step
+def test_a_run_that_was_stopped_and_killed_ends_as_one_that_was_not_and_gives_its_row_again(tmp_path, monkeypatch):
+    """An update takes 20 seconds here, and every 30 seconds the run is saved."""
+    run, folder, step, save, now, saved = create_run(LSTM), tmp_path / 'parts', Network.step, Network.save, [0.0], []
     whole = train({run: tmp_path / 'whole'})[run]
-    assert train({run: folder}, version='1', stop=0) == {}
-    assert create_network(run, folder).done == 1
-
-    def killed(network):
-        if network.done == 3:
-            raise KeyboardInterrupt
-        step(network)
-
-    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(resident, 'SAVE_SECONDS', 0)
-        patch.setattr(Network, 'step', killed)
-        train({run: folder})
-    assert create_network(run, folder).done == 3
-    assert {**train({run: folder})[run], 'seconds': 0} == {**whole, 'seconds': 0, 'torch': '1 and 2'}
-    assert_equal(run, folder, tmp_path / 'whole')
-
-
-def test_seconds_add_up_over_saves_and_stops_and_a_complete_run_gives_its_row_again(tmp_path, monkeypatch):
-    run, step, save, now, saved = create_run(), Network.step, Network.save, [0.0], []
 
     def slow(network):
+        if saved == [2, 3] and network.done == 4:
+            raise KeyboardInterrupt
         now[0] += 20
         step(network)
 
     monkeypatch.setattr(resident, 'time', SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(Network, 'step', slow)
     monkeypatch.setattr(Network, 'save', lambda network, _: saved.append(network.done) or save(network, _))
-    assert train({run: tmp_path}, stop=60) == {}
+    assert train({run: folder}, version='1', stop=60) == {}
+    with pytest.raises(KeyboardInterrupt):
+        train({run: folder})
+    saved.append('killed')
     now[0] += 1000
-    results = train({run: tmp_path})
-    assert results[run]['seconds'] == 120
-    assert train({run: tmp_path}) == results and now == [1120]
-    assert saved == [2, 3, 5, 6, 6]  # also on the way, every 30 seconds
+    results = train({run: folder})
+    assert results[run] == {**whole, 'seconds': 120, 'torch': '1 and 2'}
+    assert_equal(run, folder, tmp_path / 'whole')
+    end = [*now]
+    assert train({run: folder}) == results and now == end
+    assert saved == [2, 3, 'killed', 5, 6, 6]
 
 
 def test_networks_at_once_end_as_alone_whatever_happens_to_others(tmp_path, monkeypatch):

@@ -32,10 +32,6 @@ def python(*args):
     )
 
 
-def regnet_reg(*args):
-    return python('-m', 'timm_regnet_reg', *args)
-
-
 @pytest.fixture
 def script(tmp_path):
     """Writes a script to a folder of its own."""
@@ -241,8 +237,8 @@ def test_script_sees_the_models_and_starts_workers_in_every_process_of_torchrun(
 
 
 def test_timms_validate_runs_with_our_models(train_script, packaged, image_folder):  # noqa: F811
+    command = ['-m', 'timm_regnet_reg', 'run', train_script.with_name('validate.py'), '--data-dir', image_folder]
     options = '--pretrained --device cpu --workers 1 --batch-size 2 --model'
-    validate_script = train_script.with_name('validate.py')
-    result = regnet_reg('run', validate_script, '--data-dir', image_folder, *options.split(), f'local-dir:{packaged}')
+    result = python(*command, *options.split(), f'local-dir:{packaged}')
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.split('--result')[1])['param_count'] > 0.3
