@@ -9,7 +9,7 @@ import copy
 import pytest
 import timm
 import torch
-from networks import TINY, assert_close, randomize
+from networks import TINY, assert_close
 from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,11 +23,16 @@ def images(batch=2, seed=0, size=64):
 
 
 def lively(name, **kwargs):
-    """A network in evaluation mode with random weights, and statistics that training on images gives."""
-    model = randomize(timm.create_model(name, num_classes=10, **kwargs)).train()
+    """A network in evaluation mode with weights, fusions, cells and batch statistics as after a training."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, zero_init_last=False, **kwargs)
     with torch.no_grad():
+        for module_name, module in model.named_modules():
+            if 'fusion_conv' in module_name or module_name.endswith('regulator'):
+                for parameter in module.parameters():
+                    parameter.add_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
         for seed in range(10):
-            model(images(4, seed))
+            model.train()(images(4, seed))
     return model.eval()
 
 
@@ -52,19 +57,30 @@ def grad_cam(model, x, label):
     return (features * gradient.mean((2, 3), keepdim=True)).sum(1).relu().detach()
 
 
+@pytest.mark.parametrize('name', NETWORKS[1:])
+def test_the_state_counts_in_these_networks(name):
+    model = lively(name, **TINY)
+    with_state = outputs(model, images())
+    for module_name, module in model.named_modules():
+        if module_name.endswith('regulator_bn'):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    assert (outputs(model, images()) - with_state).abs().max() > 0.05 * with_state.abs().max()
+
+
 @pytest.mark.parametrize('library', ['pytorch_grad_cam', 'torchcam', 'captum'])
 def test_the_last_block_is_explained(library, model):
     client(library)
-    x, block, expected = images(1), model.layer4[-1], grad_cam(model, images(1), label=1)
+    x, block, expected = images(1), model.layer4[-1], grad_cam(model, images(1), label=3)
     if library == 'captum':
         from captum.attr import LayerGradCam
 
-        found = LayerGradCam(model, block).attribute(x, target=1, relu_attributions=True)[:, 0].detach()
+        found = LayerGradCam(model, block).attribute(x, target=3, relu_attributions=True)[:, 0].detach()
     elif library == 'torchcam':
         from torchcam.methods import GradCAM
 
         with GradCAM(model, target_layer=block) as extractor:
-            (found,) = extractor(1, model(x))
+            (found,) = extractor(3, model(x))
         expected = (expected - expected.min()) / (expected - expected.min()).max()
     else:
         from pytorch_grad_cam import GradCAM
@@ -72,7 +88,7 @@ def test_the_last_block_is_explained(library, model):
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
         with GradCAM(model=model, target_layers=[block]) as cam:
-            found = torch.from_numpy(cam(input_tensor=x, targets=[ClassifierOutputTarget(1)]))
+            found = torch.from_numpy(cam(input_tensor=x, targets=[ClassifierOutputTarget(3)]))
         expected = torch.from_numpy(scale_cam_image(expected.numpy(), (64, 64)))
     assert_close(found, expected)
 

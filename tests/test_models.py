@@ -131,6 +131,18 @@ print([module for module in sys.modules if module.startswith(drawers)])
 # Heads and features
 
 
+@pytest.mark.parametrize('net', ['cifar', 'bottleneck'])
+def test_head_and_features_come_apart(net):
+    model = lively(net)
+    x = images(model)
+    features = model.forward_features(x)
+    assert torch.equal(model.forward_head(features), model(x))
+    for num_classes, pool, pooled in ((5, 'max', features.amax((2, 3))), (0, 'avg', features.mean((2, 3)))):
+        model.reset_classifier(num_classes, pool)
+        assert_close(model(x), model.fc(pooled))
+    assert torch.equal(lively(net, num_classes=0, global_pool='')(x), features)
+
+
 @pytest.mark.parametrize('net', NETS)
 def test_features_are_what_each_stages_last_block_gives(net):
     """As of a plain network, whose `model.layer4[-1]` visual explanations hook."""

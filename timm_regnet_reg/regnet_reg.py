@@ -110,7 +110,7 @@ def _models() -> Dict[str, Tuple[type, Dict[str, Any], Dict[str, Any], str]]:
                 doc = f'The plain {backbone} for {form} that the regulated ones are compared with.'
                 models[f'cifar_{backbone}'] = model_class, dict(args, regulated_stages=()), cfg, doc
             else:
-                cfg, form = _cfg(first_conv='conv1.0' if args.get('stem_type') else 'conv1'), '224x224 images'
+                cfg, form = _cfg(), '224x224 images'  # taken where timm has no weights
             for cell, cell_class in CELLS.items():
                 doc = f'{backbone} for {form}, regulated by a {cell_class.__name__} in every stage.'
                 models[f'regnet_reg_{backbone}_{cell}'] = model_class, dict(args, cell=cell), cfg, doc
