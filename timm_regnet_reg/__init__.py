@@ -10,7 +10,7 @@ import warnings
 import timm
 from packaging.version import Version
 
-__version__ = '0.5.2'
+__version__ = '0.5.3'
 __all__ = ['regulate', 'set_fused']
 
 OLDEST_TIMM = '1.0.31'
