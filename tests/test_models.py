@@ -443,6 +443,14 @@ def test_compiles_to_one_graph(net):
     assert counter.frame_count == 1, 'another batch size compiled anew'
 
 
+def test_compiles_to_machine_code():
+    torch._dynamo.reset()
+    model = lively('cifar', layers=(2, 1, 1), regulated_stages=(1,))
+    x = images(model)
+    with torch.no_grad():
+        assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+
+
 @pytest.mark.parametrize('net', ONE_OF_EACH)
 def test_scripts(net):
     model = lively(net)
