@@ -209,9 +209,9 @@ def test_dilated_blocks_pool_nothing(form):
     ids=str,
 )
 def test_network_is_its_equations(name, size, kwargs, training):
-    depths = {'18': (2, 1, 1, 2), '20': (3, 3, 3), '50': (2, 1, 1, 2), '56': (9, 9, 9)}
-    depths = depths[re.search(r'resnex?t(\d+)', name)[1]]
-    small = TINY if len(depths) == 4 else {}
+    depths = {'20': (3, 3, 3), '56': (9, 9, 9)}.get(re.search(r'resnex?t(\d+)', name)[1])
+    small = {} if depths else TINY  # in the ImageNet form
+    depths = depths or TINY['layers']
     model = randomize(timm.create_model(name, num_classes=7, **small, **kwargs)).double().train(training)
     x = random_image(2, 3, *size)
     sd = copy.deepcopy(model.state_dict())
